@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Gradients of the row operations.
+
+Two ways lead through a loss:
+
+- ``fused_loss``: the reduced loss and the logits' gradient in one pass; backward hands the gradient on, scaled by the
+  upstream scalar. Taken for ``mean`` and ``sum`` where only the logits want a gradient.
+- ``row_stats``: statistics in forward, ``row_grad`` in backward; everything behind the statistics is plain torch on
+  ``(R,)`` tensors. Taken everywhere else, and by compiled graphs.
+
+Both fall back to the reference formula for what a kernel cannot give: second derivatives and targets' gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .ops import COUNT, ENTROPY, LOSS, LSE, MASS, STATS, TARGET_LOGP, KernelTarget, Spec
+from .reduction import reduce_rows
+from .row_losses import phi_of
+
+BAD_INDEX = "softce: target out of range"
+
+
+class Call(NamedTuple):
+    """The target and the scalars of one loss call: what every row operation takes besides the logits."""
+
+    target: KernelTarget
+    ignore_index: int
+    spec: Spec
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """In the operators' order, after the target."""
+        return (self.ignore_index, list(self.spec))
+
+
+def transform_active() -> bool:
+    """True under forward-mode AD or a ``torch.func`` transform, where only plain torch operations are right."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def reraise(error: RuntimeError) -> None:
+    """The kernels' complaint about a class out of range, as the type that torch raises."""
+    if BAD_INDEX in str(error):
+        raise IndexError(str(error)) from None
+
+
+def _row_coefficients(stats: Tensor, grad: Tensor, spec: Spec) -> Tensor:
+    """``row_grad``'s coefficients for the gradient ``grad`` of the statistics: rows A, D and, with extras, B."""
+    lse, mass, g_loss = stats[LSE], stats[MASS], grad[LOSS]
+    a = g_loss * (mass + 2.0 * spec.z_loss * lse) + grad[LSE]
+    if stats.shape[0] == STATS:
+        return torch.stack((a, g_loss))
+    # logp = sum(t y) - sum(t) lse moves with q = t here, and the entropy as -p (y - lse + H).
+    g_logp, g_entropy = grad[TARGET_LOGP], grad[ENTROPY]
+    a = a - g_logp * mass + g_entropy * (lse - stats[ENTROPY])
+    return torch.stack((a, g_loss - g_logp, -g_entropy))
+
+
+def _plain(call: Call) -> bool:
+    """True where q = t, so that the target's log-probability needs no second kernel call."""
+    return call.spec.mix_a == 1.0 and call.spec.mix_b == 0.0 and call.target.weight is None
+
+
+def _reference_vjp(
+    logits: Tensor, call: Call, grad: Tensor, needs: tuple[bool, ...], extras: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``reference.row_stats`` for the logits and the five target tensors, where ``needs`` asks."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Fresh aliases, so that the inner graph ends here; under create_graph they lead on to the saved tensors.
+        inputs = [t.view_as(t) if create_graph else t.detach() for t in (logits, *call.target) if t is not None]
+        given = iter(inputs)
+        aliases = [None if t is None else next(given) for t in (logits, *call.target)]
+        wanted = [a for a, need in zip(aliases, needs, strict=True) if need and a is not None]
+        for alias in wanted:
+            if not alias.requires_grad:
+                alias.requires_grad_()
+        stats = reference.row_stats(inputs[0], KernelTarget(*aliases[1:]), call.ignore_index, call.spec, extras)
+        found = iter(torch.autograd.grad(stats, wanted, grad, create_graph=create_graph, allow_unused=True))
+    return tuple(next(found) if need and a is not None else None for a, need in zip(aliases, needs, strict=True))
+
+
+def _stats_vjp(
+    logits: Tensor,
+    call: Call,
+    stats: Tensor,
+    grad: Tensor,
+    needs: tuple[bool, ...],
+    extras: bool,
+    inplace: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the statistics for the logits and the five target tensors."""
+    differentiable_again = torch.is_grad_enabled() or transform_active()
+    by_formula = differentiable_again or any(needs[1:]) or (extras and not _plain(call))
+    if by_formula:
+        return _reference_vjp(logits, call, grad, needs, extras)
+    coef = _row_coefficients(stats, grad, call.spec)
+    arguments = (logits, stats[LSE], coef, *call.target, *call.arguments)
+    if inplace:
+        ops.row_grad_(*arguments)
+        torch.autograd.graph.increment_version(logits)
+        return (logits.detach(), *(None,) * 5)
+    return (ops.row_grad(*arguments), *(None,) * 5)
+
+
+def _save(ctx: Any, logits: Tensor, call: Call, *more: Tensor | None) -> None:
+    ctx.save_for_backward(logits, *call.target, *more)
+    ctx.ignore_index, ctx.spec = call.ignore_index, call.spec
+
+
+def _restore(ctx: Any) -> tuple[Tensor, Call, tuple[Tensor | None, ...]]:
+    logits, *rest = ctx.saved_tensors
+    return logits, Call(KernelTarget(*rest[:5]), ctx.ignore_index, ctx.spec), tuple(rest[5:])
+
+
+# The operator carries its own derivative, for compiled graphs and for whoever calls it directly.
+
+
+def _setup_row_stats(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, *target, ignore_index, spec, extras = inputs
+    _save(ctx, logits, Call(KernelTarget(*target), ignore_index, Spec(*spec)), output)
+    ctx.extras = extras
+
+
+def _backward_row_stats(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    logits, call, (stats,) = _restore(ctx)
+    assert stats is not None
+    return (*_stats_vjp(logits, call, stats, grad, ctx.needs_input_grad[:6], ctx.extras), None, None, None)
+
+
+torch.library.register_autograd("softce::row_stats", _backward_row_stats, setup_context=_setup_row_stats)
+
+
+class _InplaceRowStats(torch.autograd.Function):
+    """``row_stats`` whose backward writes the gradient over the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, call: Call, extras: bool) -> Tensor:
+        stats: Tensor = ops.row_stats(logits, *call.target, *call.arguments, extras)
+        _save(ctx, logits, call, stats)
+        ctx.extras = extras
+        return stats
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        logits, call, (stats,) = _restore(ctx)
+        assert stats is not None
+        needs = (True, False, False, False, False, False)
+        return (_stats_vjp(logits, call, stats, grad, needs, ctx.extras, inplace=True)[0], None, None)
+
+
+def row_stats(logits: Tensor, call: Call, extras: bool, inplace: bool = False) -> Tensor:
+    """Differentiable ``softce::row_stats``."""
+    if inplace and logits.requires_grad and torch.is_grad_enabled():
+        if any(t is not None and t.requires_grad for t in call.target):
+            raise RuntimeError("Options(inplace=True) needs a target that requires no gradient: it is read after the logits")
+        return _InplaceRowStats.apply(logits, call, extras)  # type: ignore[no-any-return]
+    return ops.row_stats(logits, *call.target, *call.arguments, extras)  # type: ignore[no-any-return]
+
+
+class _Fused(torch.autograd.Function):
+    """The reduced loss; its gradient is ready when forward returns."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, call: Call, row_weight: Tensor | None, mean: bool, extras: bool, inplace: bool
+    ) -> tuple[Tensor, Tensor]:
+        arguments = (logits, *call.target, row_weight, *call.arguments, mean, extras)
+        ctx.set_materialize_grads(False)
+        if inplace:
+            loss, stats = ops.row_fused_(*arguments)
+            torch.autograd.graph.increment_version(logits)
+            ctx.dlogits = logits.detach()
+        else:
+            loss, ctx.dlogits, stats = ops.row_fused(*arguments)
+            _save(ctx, logits, call, row_weight, stats)
+        ctx.mean, ctx.extras, ctx.inplace = mean, extras, inplace
+        if not extras:
+            ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        dlogits, ctx.dlogits = ctx.dlogits, None
+        grad: Tensor | None
+        if g_loss is None and g_stats is None:
+            grad = None
+        elif g_stats is None and dlogits is not None and not torch.is_grad_enabled() and not transform_active():
+            grad = _scaled(ctx, dlogits, g_loss)
+        elif ctx.inplace:
+            raise RuntimeError(
+                "softce: the gradient was written over the logits (Options(inplace=True)), so a second backward, "
+                "create_graph and gradients of the statistics have nothing left to read; use inplace=False for them"
+            )
+        else:
+            grad = _again(ctx, g_loss, g_stats)
+        return grad, None, None, None, None, None
+
+
+def _scaled(ctx: Any, dlogits: Tensor, g_loss: Tensor | None) -> Tensor | None:
+    """``dlogits`` times the upstream gradient, in place; a factor of 1 costs nothing."""
+    assert g_loss is not None
+    if dlogits.device.type != "cpu":
+        return dlogits.mul_(g_loss)
+    factor = g_loss.item()
+    if factor == 1.0:
+        return dlogits
+    exact = dlogits.element_size() > 2 or abs(math.frexp(factor)[0]) == 0.5
+    # Half precision rounds once: only a power of two may scale what is already rounded.
+    return dlogits.mul_(factor) if exact or ctx.inplace else _again(ctx, g_loss, None)
+
+
+def _again(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) -> Tensor | None:
+    """The gradient from the saved inputs: a second backward, ``create_graph``, or gradients of the statistics."""
+    logits, call, (row_weight, saved) = _restore(ctx)
+    assert saved is not None
+    create_graph, by_formula = torch.is_grad_enabled(), torch.is_grad_enabled() or transform_active()
+    with torch.enable_grad():
+        if by_formula:
+            source = logits.view_as(logits) if create_graph else logits.detach().requires_grad_()
+            stats = reference.row_stats(source, call.target, call.ignore_index, call.spec, ctx.extras)
+        else:
+            source = stats = saved.detach().requires_grad_()
+        loss = reduce_rows(
+            stats[LOSS],
+            stats[COUNT],
+            phi=phi_of(call.spec),
+            row_weight=row_weight,
+            reduction="mean" if ctx.mean else "sum",
+            scale=call.spec.scale,
+            empty_zero=bool(call.spec.empty_zero),
+        )
+        pairs = [(out, g) for out, g in ((loss, g_loss), (stats, g_stats)) if g is not None]
+        outputs, grads = zip(*pairs, strict=True)
+        (grad,) = torch.autograd.grad(outputs, source, grads, create_graph=create_graph)
+    if by_formula:
+        return grad
+    return _stats_vjp(logits, call, saved, grad, (True, *(False,) * 5), ctx.extras)[0]
+
+
+def fused_loss(
+    logits: Tensor, call: Call, row_weight: Tensor | None, mean: bool, extras: bool, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    """Reduced loss and statistics; the gradient of the logits is computed in the same pass.
+
+    With ``inplace`` the logits hold their gradient afterwards. Their autograd history then ends in a node that raises
+    when a gradient comes through it, so a later use cannot be wrong in silence.
+    """
+    loss, stats = _Fused.apply(logits, call, row_weight, mean, extras, inplace)
+    if inplace and logits.grad_fn is not None and (logits._base is None or not logits._base.is_leaf):
+        _Overwritten.apply(logits)
+    return loss, stats
+
+
+class _Overwritten(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.mark_dirty(logits)
+        ctx.set_materialize_grads(False)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        if grad is None:
+            return None
+        raise RuntimeError(
+            "softce: these logits were overwritten by their gradient (Options(inplace=True)) and used again afterwards; "
+            "use them before the loss, or use inplace=False"
+        )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The specification: the row equation in plain PyTorch, differentiable any number of times.
+
+It is what the kernels are held against, what runs where no kernel can (``create_graph``, forward-mode AD, ``torch.func``
+transforms, devices without a kernel), and the place to read what softce computes. With ``x`` a row of logits over C
+classes::
+
+    y   = softcap * tanh(x / softcap) / temperature        (softcap = 0: y = x / temperature)
+    lse = logsumexp(y),  p = exp(y - lse)
+    t'  = mix_a * t + mix_b                                (label smoothing)
+    q   = w * t'                                           (class weights)
+    l   = sum(q) * lse - sum(q * y) + z_loss * lse^2
+
+where ``0 * (-inf)`` counts as 0: a class without target weight may be masked out with a logit of ``-inf``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ops import DENSE_LOGITS, KernelTarget, Spec, acc_dtype
+
+
+def as_rows(block: Tensor) -> Tensor:
+    """Kernel layout, ``(R, C)`` or ``(B, C, S)``, as ``(R, C)``."""
+    return block if block.dim() == 2 else block.movedim(1, -1).flatten(0, 1)
+
+
+def transform(x: Tensor, spec: Spec) -> Tensor:
+    """``y`` from ``x``."""
+    if spec.softcap:
+        x = torch.tanh(x / spec.softcap) * spec.softcap
+    return x if spec.temperature == 1.0 else x / spec.temperature
+
+
+def valid_rows(target: KernelTarget, ignore_index: int) -> Tensor | None:
+    """Bool ``(R,)``: rows that are not ignored; ``None`` where every row counts (dense targets)."""
+    return None if target.index is None else (target.index != ignore_index).any(1)
+
+
+def _dot(q: Tensor, y: Tensor) -> Tensor:
+    """Row sums of ``q * y`` with ``0 * (-inf) = 0``; the gradient for ``q`` stays ``y`` wherever ``y`` is finite."""
+    return (q * torch.where((q == 0) & (y == -torch.inf), 0.0, y)).sum(-1)
+
+
+def dense_target(target: KernelTarget, spec: Spec, acc: torch.dtype) -> Tensor:
+    """``t`` of a dense target, ``(R, C)``."""
+    assert target.dense is not None
+    t = as_rows(target.dense).to(acc)
+    return torch.softmax(t / spec.dense_temperature, -1) if spec.dense_kind == DENSE_LOGITS else t
+
+
+def row_stats(
+    logits: Tensor, target: KernelTarget, ignore_index: int, spec: Spec, extras: bool = False
+) -> Tensor:
+    """The statistics of ``softce::row_stats``, as that operator returns them, differentiable for every input.
+
+    Args:
+        logits: ``(R, C)`` or ``(B, C, S)``.
+        target: in kernel form.
+        ignore_index: sparse entries of this class are padding.
+        spec: the scalars.
+        extras: also target log-probability, entropy and correctness.
+
+    Returns:
+        ``(STATS, R)`` or ``(STATS_EXTRA, R)``.
+    """
+    acc = acc_dtype(logits.dtype)
+    x = as_rows(logits).to(acc)
+    classes = x.shape[1]
+    valid = valid_rows(target, ignore_index)
+    if valid is not None:
+        x = torch.where(valid[:, None], x, 0.0)
+    y = transform(x, spec)
+
+    # Everything is taken relative to the row's maximum: sums of q * y for huge logits would cancel.
+    top = y.detach().amax(1) if classes else y.new_zeros(y.shape[0])
+    top = torch.where(top == -torch.inf, 0.0, top)
+    y = y - top[:, None]
+    shifted_lse = torch.log(torch.exp(y).sum(1))
+    lse = shifted_lse + top
+
+    weight = target.weight
+    if target.index is not None:
+        padding = target.index == ignore_index
+        index = torch.where(padding, 0, target.index)
+        value = torch.ones((), dtype=acc, device=x.device) if target.value is None else target.value
+        value = torch.where(padding, 0.0, value)
+        # A 0-class row has nothing to gather; only ignored rows can be there.
+        picked = torch.gather(y, 1, index) if classes else y.new_zeros(index.shape)
+        entry = spec.mix_a * value
+        if weight is not None:
+            entry = entry * weight[index] if classes else entry
+        mass, dot = entry.sum(1), _dot(entry, picked)
+        every = spec.mix_b if target.rest is None else spec.mix_a * target.rest + spec.mix_b
+        if target.rest is not None or spec.mix_b:
+            every_class = torch.as_tensor(every, dtype=acc, device=x.device).expand(x.shape[0])[:, None]
+            q = every_class.expand(x.shape) if weight is None else every_class * weight
+            mass, dot = mass + q.sum(1), dot + _dot(q, y)
+        plain_indices = target.value is None and index.shape[1] == 1
+        assert valid is not None
+        count = weight[index[:, 0]] if plain_indices and weight is not None and classes else torch.ones_like(lse)
+        count = torch.where(valid, count, 0.0)
+    else:
+        t = dense_target(target, spec, acc)
+        q = spec.mix_a * t + spec.mix_b
+        q = q if weight is None else q * weight
+        mass, dot, count = q.sum(1), _dot(q, y), torch.ones_like(lse)
+
+    loss = mass * shifted_lse - dot
+    if spec.z_loss:
+        loss = loss + spec.z_loss * lse * lse
+    rows = [loss, lse, mass, count]
+    if extras:
+        p = torch.exp(y - shifted_lse[:, None])
+        if target.index is not None:
+            logp = _dot(value, picked) - value.sum(1) * shifted_lse
+            if target.rest is not None:
+                logp = logp + _dot(target.rest[:, None].expand(y.shape), y) - target.rest * classes * shifted_lse
+            best = _argmax_sparse(index, value)
+        else:
+            logp, best = _dot(t, y) - t.sum(1) * shifted_lse, t.detach().argmax(1)
+        correct = (y.detach().argmax(1) == best).to(acc)
+        rows += [logp, shifted_lse - _dot(p, y), correct]
+    if valid is not None:
+        rows = [torch.where(valid, row, 0.0) for row in rows]
+    return torch.stack(rows)
+
+
+def _argmax_sparse(index: Tensor, value: Tensor) -> Tensor:
+    """The class with the largest accumulated value of each row of a sparse target; the smaller class on a tie."""
+    value = value.detach()
+    same = index[:, :, None] == index[:, None, :]
+    total = (same * value[:, None, :]).sum(-1)
+    best = total.amax(1, keepdim=True)
+    return torch.where(total == best, index, torch.iinfo(torch.int64).max).amin(1)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Row losses: a scalar transform ``L = phi(l)`` of the row loss ``l``, so at no extra pass over the logits.
+
+``l`` is the whole row loss of the call, with its class weights, smoothing and z-loss; for a one-hot target without them
+``l = -log p_y`` and each transform is the loss of its paper. A row loss of your own is any callable that maps the
+``(R,)`` tensor of row losses to one of the same shape with torch operations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ops import PHI_FOCAL, PHI_GENERALIZED, PHI_IDENTITY, PHI_LABEL_RELAXATION, PHI_POLY1, Spec
+
+
+class RowLoss:
+    """Base class of the row losses that the kernels know: ``phi``, its number and its parameters."""
+
+    phi: int
+    factor: float = 1.0  # a constant in front of the kernel's phi
+
+    def parameters(self) -> tuple[float, float]:
+        """The two parameters of ``phi`` in the kernels."""
+        raise NotImplementedError
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        """``phi(l)`` in plain PyTorch."""
+        raise NotImplementedError
+
+    def unscaled(self) -> RowLoss:
+        """This row loss without its constant factor."""
+        return self
+
+
+def _range(owner: str, name: str, value: float, ok: bool, want: str) -> None:
+    if not ok:
+        raise ValueError(f"{owner}: {name} must be {want}, got {value}")
+
+
+@dataclass(frozen=True)
+class Focal(RowLoss):
+    """Focal loss ``alpha * (1 - e^-l)^gamma * l``; with ``l = -log p_y`` this is ``-alpha (1-p_y)^gamma log p_y``.
+
+    Args:
+        gamma: focusing exponent, >= 0; 0 is the plain loss.
+        alpha: a constant factor; for one factor a class pass ``weight=`` or ``row_weight=``.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017. Errors: ValueError out of range.
+    """
+
+    gamma: float = 2.0
+    alpha: float = 1.0
+    phi = PHI_FOCAL
+
+    def __post_init__(self) -> None:
+        _range("Focal", "gamma", self.gamma, 0 <= self.gamma < math.inf, ">= 0")
+        _range("Focal", "alpha", self.alpha, 0 <= self.alpha < math.inf, ">= 0")
+
+    def parameters(self) -> tuple[float, float]:
+        return float(self.gamma), 0.0
+
+    def unscaled(self) -> Focal:
+        return Focal(self.gamma)
+
+    @property
+    def factor(self) -> float:  # type: ignore[override]
+        return float(self.alpha)
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        # At l = 0 the derivative of x^gamma for gamma < 1 is infinite while phi' is 0: keep 0^gamma out of autograd.
+        zero = loss == 0
+        safe = torch.where(zero, 1.0, loss)
+        rate = -torch.expm1(-safe)
+        value = self.alpha * torch.where(zero, loss if self.gamma == 0 else 0.0 * loss, rate**self.gamma * safe)
+        return torch.where(loss == torch.inf, self.alpha * loss, value)
+
+
+@dataclass(frozen=True)
+class LabelRelaxation(RowLoss):
+    """Label relaxation: 0 where ``p_y > 1 - alpha``, else the divergence from the nearest distribution of the set.
+
+    ``(1-alpha) * (log(1-alpha) + l) + alpha * (log alpha - log(1 - e^-l))`` with ``p_y = e^-l``; alpha = 0 is the
+    plain loss.
+
+    Args:
+        alpha: imprecisiation in [0, 1).
+
+    Source: Lienen and Huellermeier, "From Label Smoothing to Label Relaxation", AAAI 2021. Errors: ValueError.
+    """
+
+    alpha: float = 0.1
+    phi = PHI_LABEL_RELAXATION
+
+    def __post_init__(self) -> None:
+        _range("LabelRelaxation", "alpha", self.alpha, 0 <= self.alpha < 1, "in [0, 1)")
+
+    def parameters(self) -> tuple[float, float]:
+        return float(self.alpha), 0.0
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        a = self.alpha
+        if a == 0:
+            return loss
+        inside = loss < -math.log1p(-a)
+        safe = torch.where(inside, 1.0, loss)
+        value = (1 - a) * (math.log1p(-a) + safe) + a * (math.log(a) - torch.log(-torch.expm1(-safe)))
+        return torch.where(inside, 0.0 * loss, value)
+
+
+@dataclass(frozen=True)
+class GeneralizedCrossEntropy(RowLoss):
+    """Generalized cross-entropy ``(1 - e^(-q l)) / q``; with ``l = -log p_y`` this is ``(1 - p_y^q) / q``.
+
+    Args:
+        q: in (0, 1]: towards 0 the plain loss, at 1 the mean absolute error.
+
+    Source: Zhang and Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels",
+    NeurIPS 2018. Errors: ValueError.
+    """
+
+    q: float = 0.7
+    phi = PHI_GENERALIZED
+
+    def __post_init__(self) -> None:
+        _range("GeneralizedCrossEntropy", "q", self.q, 0 < self.q <= 1, "in (0, 1]")
+
+    def parameters(self) -> tuple[float, float]:
+        return float(self.q), 0.0
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        return -torch.expm1(-self.q * loss) / self.q
+
+
+@dataclass(frozen=True)
+class Poly1(RowLoss):
+    """Poly-1 ``l + epsilon * (1 - e^-l)``; with ``l = -log p_y`` this is ``-log p_y + epsilon (1 - p_y)``.
+
+    Args:
+        epsilon: any finite number; 0 is the plain loss.
+
+    Source: Leng et al., "PolyLoss: A Polynomial Expansion Perspective of Classification Loss Functions", ICLR 2022.
+    Errors: ValueError.
+    """
+
+    epsilon: float = 1.0
+    phi = PHI_POLY1
+
+    def __post_init__(self) -> None:
+        _range("Poly1", "epsilon", self.epsilon, math.isfinite(self.epsilon), "a finite number")
+
+    def parameters(self) -> tuple[float, float]:
+        return float(self.epsilon), 0.0
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        return loss - self.epsilon * torch.expm1(-loss)
+
+
+def phi_of(spec: Spec) -> RowLoss | None:
+    """The row loss whose number and parameters stand in ``spec``, without its constant factor."""
+    if spec.phi == PHI_IDENTITY:
+        return None
+    owner = {c.phi: c for c in (Focal, LabelRelaxation, GeneralizedCrossEntropy, Poly1)}[int(spec.phi)]
+    return owner(spec.phi_p0)  # type: ignore[no-any-return,abstract]
