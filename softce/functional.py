@@ -42,8 +42,7 @@ class Stats(NamedTuple):
     correct: Tensor
 
 
-@lru_cache(maxsize=1024)
-def _spec(
+def _make_spec(
     classes: int,
     label_smoothing: float,
     smoothing: str,
@@ -87,6 +86,9 @@ def _spec(
     return Spec(
         *mix, temperature, softcap, z_loss, *phi, dense_kind, dense_temperature, scale, float(empty == "zero")
     )
+
+
+_cached_spec = lru_cache(maxsize=1024)(_make_spec)
 
 
 def cross_entropy(
@@ -253,7 +255,9 @@ def _loss(
         target = target._replace(weight=weight.to(acc).contiguous())
     phi = row_loss if not isinstance(row_loss, RowLoss) else None
     e, smoothing, temperature, softcap, z_loss, empty = settings
-    spec = _spec(
+    # A tracer would look through the cache and warn; it runs this once a graph anyway.
+    make_spec = _make_spec if torch.compiler.is_compiling() else _cached_spec
+    spec = make_spec(
         layout.classes,
         e,
         smoothing,
