@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from .. import _library
 
-DEVICE = "cpu"
-
 
 def reasons() -> list[str]:
     """Why the kernels cannot run here; empty if they can. Loads the library, which registers the operators."""
