@@ -8,12 +8,14 @@ import warnings
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import backends
 from .autograd import transform_active
 from .options import Options
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_TRACED = (FakeTensor, FunctionalTensor)  # what tracers pass: they record the operators
 
 # Backends that can serve a device, best first.
 _FOR_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "meta": ("cpu",)}
@@ -28,7 +30,7 @@ def reasons_against_kernels(x: Tensor) -> list[str]:
     """Why no kernel can take logits like ``x``; empty if one can."""
     if transform_active():
         return ["a forward-mode AD level or torch.func transform is active"]
-    if type(x) not in _PLAIN and not isinstance(x, FakeTensor) and not torch.compiler.is_compiling():
+    if type(x) not in _PLAIN and not isinstance(x, _TRACED) and not torch.compiler.is_compiling():
         return [f"no kernel for the tensor subclass {type(x).__name__}"]
     device = x.device.type
     if device == "meta":
