@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Work that needs a process of its own: peak memory, and timing without page faults.
+
+``python -m bench.isolate`` reads one job as JSON from standard input and writes its result to the file named there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# glibc gives large blocks back to the system at once and gets them anew, zeroed, page by page, at the next call.
+# With these, every block comes from a heap that only grows, so after the warm-up no contestant faults a page.
+_HUGE = 1 << 36
+NO_PAGE_FAULTS = {
+    "GLIBC_TUNABLES": f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={_HUGE}"
+    f":glibc.malloc.top_pad={1 << 28}:glibc.malloc.arena_max=1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(_HUGE),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
+def run(job: dict[str, Any], env: dict[str, str] | None = None, timeout: float = 900.0) -> dict[str, Any]:
+    """Runs ``job`` in a fresh interpreter; a failure comes back as ``{"error": ..}``, never as an exception."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        variables = {**os.environ, **(env or {}), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "bench.isolate"],
+                input=json.dumps({**job, "out": str(out)}),
+                env=variables,
+                text=True,
+                stderr=subprocess.PIPE,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"no result within {timeout:.0f} s"}
+        if done.returncode == 0 and out.exists():
+            result: dict[str, Any] = json.loads(out.read_text())
+            return result
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"error": f"exit status {done.returncode}: {last[:300]}"}
+
+
+def _logits_case(job: dict[str, Any]) -> Any:
+    from .cases import Case
+
+    return Case(**{**job["case"], "shape": tuple(job["case"]["shape"])})
+
+
+def _suite(job: dict[str, Any]) -> tuple[Any, Any]:
+    """``(inputs, adapters)`` of a job."""
+    if job["suite"] == "linear":
+        from . import linear
+
+        return linear.make_inputs(linear.LinearCase(**job["case"])), linear.ADAPTERS
+    from . import adapters, cases
+
+    return cases.make_inputs(_logits_case(job)), adapters.ADAPTERS
+
+
+def _memory(job: dict[str, Any]) -> dict[str, Any]:
+    """Peak growth of one call over what was resident before it, inputs made and every library warm."""
+    import torch
+
+    from softce.demo.rss import PeakMeter
+
+    from .adapters import entries
+
+    torch.set_num_threads(job["threads"])
+    inputs, adapters = _suite(job)
+    found, skipped = entries([job["name"]], inputs, adapters)
+    if skipped:
+        return {"skipped": skipped[job["name"]]}
+    entry = found[0]
+    for _ in range(2):  # compiles, loads code, fills pools
+        entry.before()
+        entry.run()
+        entry.after()
+    _empty_pools()
+    entry.before()
+    meter = PeakMeter()
+    meter.start()
+    entry.run()
+    return {"peak_bytes": meter.peak(), "exact": meter.exact}
+
+
+def _empty_pools() -> None:
+    """What a pool kept from the warm-up would otherwise be missing from the peak."""
+    softce = sys.modules.get("softce")
+    if softce is not None and hasattr(softce, "empty_cache"):
+        softce.empty_cache()
+
+
+def _time(job: dict[str, Any]) -> dict[str, Any]:
+    from .measure import time_case
+
+    return time_case(_logits_case(job), job["names"], seconds=job["seconds"], threads=job["threads"])
+
+
+JOBS = {"memory": _memory, "time": _time}
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    result = JOBS[job["job"]](job)
+    Path(job["out"]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
