@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The row kernels for f32 logits.
+#include "dispatch.cuh"
+
+namespace softce::cuda {
+
+template std::string launch_rows<float>(RowParams, TargetKind, DType, const RowShape&, const Device&, cudaStream_t);
+
+}  // namespace softce::cuda
