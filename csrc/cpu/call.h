@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What passes between dispatch.cpp (plain flags) and the kernels (one translation unit per instruction set).
+//
+// Plain data and function declarations only: an inline function or a standard template here would be compiled with
+// several instruction sets under one name, and the linker might keep the one that this CPU cannot run. Everything
+// else that the kernels use lives in a namespace of their instruction set (kernels.h).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../softce.h"
+
+namespace softce::cpu {
+
+enum class Op : int { stats, grad, fused };
+
+struct Call {
+  const Problem* problem = nullptr;
+  Op op = Op::stats;
+  bool extras = false;
+  void* stats = nullptr;             // acc (kStats or kStatsExtra, R)
+  const void* lse = nullptr;         // acc (R,), grad only
+  const void* coef = nullptr;        // acc (coef_rows, R), grad only
+  int coef_rows = 0;
+  Block out;                         // grad and fused
+  bool stream = false;               // write `out` past the caches
+  const void* row_weight = nullptr;  // acc (R,), fused only, null: 1
+  double factor = 1.0;               // fused: scale / denom
+  ParallelFor parallel = nullptr;
+};
+
+// Runs the call; returns, for fused, the sum over rows of row_weight * phi(l), added in an order that depends on
+// shapes alone.
+using Kernels = double (*)(const Call&);
+
+double run_baseline(const Call&);
+#if defined(__x86_64__)
+double run_avx2(const Call&);
+double run_avx512(const Call&);
+#endif
+
+// Scratch of the calling thread, 64-byte aligned, kept for its next call; throws std::bad_alloc. `slot` names one of
+// kSlots independent buffers.
+constexpr int kSlots = 2;
+void* scratch(int slot, size_t bytes);
+
+}  // namespace softce::cpu

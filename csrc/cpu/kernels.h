@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CPU kernels of one instruction set. A translation unit defines SOFTCE_ISA (its namespace) and SOFTCE_RUN (its
+// entry point) and includes this file once; setup.py gives the flags:
+//   kernels_avx2.cpp      -mavx2 -mfma -mf16c
+//   kernels_avx512.cpp    -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
+//   kernels_baseline.cpp  none
+// The first two compile to nothing where the CPU is not an x86-64.
+//
+// Nothing from the C++ library is used but declarations: what it inlines would have the same name in every unit.
+#if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns about its own intrinsics, which leave an operand undefined that a full mask never reads.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
+#include "call.h"
+
+namespace softce::SOFTCE_ISA {
+using namespace softce::cpu;
+namespace {
+#include "vec.h"
+//
+#include "io.h"
+#include "math.h"
+#include "row.h"
+//
+#include "generic.h"
+#include "rows.h"
+#include "sweeps.h"
+
+template <class A>
+double run_as(const Call& call) {
+  const Context<A> ctx(call);
+  const Sweeps<A> sweeps = sweeps_for(ctx);
+  return Rows<A>{ctx, sweeps}.run();
+}
+
+}  // namespace
+}  // namespace softce::SOFTCE_ISA
+
+double softce::cpu::SOFTCE_RUN(const Call& call) {
+  return call.problem->logits.dtype == DType::f64 ? SOFTCE_ISA::run_as<double>(call) : SOFTCE_ISA::run_as<float>(call);
+}

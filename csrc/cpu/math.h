@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// exp and tanh in vectors. Included inside the namespace of an instruction set.
+
+// e^y = 2^n * e^r with n = round(y / ln 2) and |r| <= ln 2 / 2. Rows are not shifted by their maximum as long as it is
+// moderate: a Ref takes the power of two 2^-power out of e^y instead, which rounds nothing, so that many rows and many
+// blocks can share one. Only large logits are shifted (by `shift`, as everyone does).
+struct Ref {
+  double shift = 0;
+  double power = 0;  // an integer
+
+  double log_value() const { return shift + power * 0.693147180559945309417; }
+};
+
+constexpr double kLn2 = 0.693147180559945309417;
+constexpr double kLargeRef = 64;  // a maximum beyond this is taken off before exp
+
+inline Ref ref_for(double top) {
+  Ref ref;
+  if (top <= kLargeRef && top >= -kLargeRef) {
+    ref.power = __builtin_rint(top / kLn2);
+  } else {
+    ref.shift = top;
+  }
+  return ref;
+}
+
+// Polynomials for e^r on |r| <= ln 2 / 2, least maximum relative error: degree 4: 2.6e-6 (for results that are rounded
+// to 16 bits), degree 5: 7.5e-8; float64 has the Taylor series, 4e-18.
+template <int kDegree>
+SOFTCE_INLINE F32V exp_poly(F32V r) {
+  if constexpr (kDegree == 4) {
+    F32V p = fma(splat(0x1.53a090d344b50p-5f), r, splat(0x1.57e15bc95ae0dp-3f));
+    p = fma(p, r, splat(0x1.0005b9725ad65p-1f));
+    p = fma(p, r, splat(0x1.fffb31a54d8f1p-1f));
+    return fma(p, r, splat(0x1.ffffe724e9cd8p-1f));
+  } else {
+    F32V p = fma(splat(0x1.0fe579d9655dep-7f), r, splat(0x1.575f721962b45p-5f));
+    p = fma(p, r, splat(0x1.555a1a8cb3070p-3f));
+    p = fma(p, r, splat(0x1.fffd18e0a7acfp-2f));
+    p = fma(p, r, splat(0x1.fffff5a24e633p-1f));
+    return fma(p, r, splat(0x1.00000134a9e98p+0f));
+  }
+}
+
+SOFTCE_INLINE F64V exp_poly(F64V r) {
+  constexpr double c[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                          1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
+                          1.0 / 6,          0.5,             1.0,            1.0};
+  F64V p = splat(c[0]);
+  for (int i = 1; i < 14; ++i) p = fma(p, r, splat(c[i]));
+  return p;
+}
+
+// exp under a Ref: from elements x to y = x * scale - shift and e^y * 2^-power. Below the range the result is an exact
+// 0; nan stays nan. Above (more than e^80 over the reference) it is garbage: callers watch the maximum.
+template <class A, int kDegree>
+struct Exp {
+  using V = typename VecOf<A>::V;
+  using U = typename VecOf<A>::U;
+  static constexpr bool kF32 = sizeof(A) == 4;
+  static constexpr double kBias = kF32 ? 127 : 1023;
+  static constexpr double kMagic = kF32 ? 0x1.8p23 : 0x1.8p52;  // adding it rounds to an integer in the low bits
+  static constexpr A kHigh = kF32 ? A(0.693359375) : A(6.93147180369123816490e-01);
+  static constexpr A kLow = kF32 ? A(-2.12194440e-4) : A(1.90821492927058770002e-10);
+  A scale, minus_shift, lowest, magic;
+
+  Exp(double scale_, const Ref& ref)
+      : scale(A(scale_)), minus_shift(A(-ref.shift)), lowest(A((ref.power - kBias) * kLn2)),
+        magic(A(kMagic + kBias - ref.power)) {}
+
+  SOFTCE_INLINE V affine(V x) const { return fma(x, splat(scale), splat(minus_shift)); }
+
+  SOFTCE_INLINE V exp(V y) const {
+    y = vmax(splat(lowest), y);
+    const V t = fma(y, splat(A(1.44269504088896340736)), splat(magic));
+    const V n = t - splat(magic);
+    V r = fma(n, splat(-kHigh), y);
+    r = fma(n, splat(-kLow), r);
+    V p;
+    if constexpr (kF32) {
+      p = exp_poly<kDegree>(r);
+    } else {
+      p = exp_poly(r);
+    }
+    return p * bits<V>(bits<U>(t) << (kF32 ? 23 : 52));
+  }
+};
+
+// tanh: an odd polynomial near 0, where 1 - 2 / (e^2|u| + 1) would cancel.
+SOFTCE_INLINE F32V tanh(F32V u) {
+  const F32V a = bits<F32V>(bits<U32V>(u) & 0x7fffffffu);
+  const Exp<float, 5> e(2.0, Ref{});
+  const F32V capped = a > 20.0f ? splat(20.0f) : a;
+  const F32V far = 1.0f - 2.0f / (e.exp(capped * 2.0f) + 1.0f);
+  const F32V s = u * u;
+  F32V p = fma(splat(-5.70498872745e-3f), s, splat(2.06390887954e-2f));
+  p = fma(p, s, splat(-5.37397155531e-2f));
+  p = fma(p, s, splat(1.33314422036e-1f));
+  p = fma(p, s, splat(-3.33332819422e-1f));
+  const F32V near = fma(p * s, u, u);
+  const F32V signed_far = bits<F32V>(bits<U32V>(far) | (bits<U32V>(u) & 0x80000000u));
+  return a < 0.625f ? near : signed_far;
+}
+SOFTCE_INLINE F64V tanh(F64V u) {
+  for (int i = 0; i < kLanes<double>; ++i) u[i] = __builtin_tanh(u[i]);
+  return u;
+}

@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Row by row, for any number of classes: the first sweep reads the logits block by block and leaves exp(y) in a
+// scratch row that stays in cache, the second turns it into the gradient. Included inside the namespace of an
+// instruction set.
+
+constexpr int64_t kBlock = 2048;         // classes a sweep call
+constexpr int64_t kChunk = 16 * kBlock;  // classes a task, where a row is shared by threads
+constexpr int64_t kFewRows = 16;         // fewer rows than this are shared
+constexpr int64_t kTask = 1 << 15;       // elements a task, at least, where rows are dealt out
+constexpr int64_t kScratchRow = 1 << 18;  // elements of scratch for rows that are shared
+constexpr int kPad = 64;                 // scratch behind a head or a tail
+
+template <class A>
+struct Sweeps {
+  Sums (*first)(const Context<A>&, const Piece<A>&, const Refs&);
+  void (*second)(const Context<A>&, const Piece<A>&, const Refs&, const Factors&, int64_t row);
+  int unit = 1;                  // elements that lie in scratch together,
+  int (*slot)(int) = nullptr;    // and where in there; null: the second sweep takes sparse entries itself
+};
+
+// How a row is cut: a head up to the first vector-aligned element of the output, then whole blocks. It depends on
+// shapes alone, so that results do not change with addresses or threads.
+struct Cut {
+  int64_t classes, head, blocks;
+
+  Cut(int64_t c, int64_t h) : classes(c), head(h < c ? h : c), blocks((head > 0) + (c - head + kBlock - 1) / kBlock) {}
+  int64_t begin(int64_t k) const { return head > 0 ? (k == 0 ? 0 : head + (k - 1) * kBlock) : k * kBlock; }
+  int64_t size(int64_t k) const {
+    const int64_t from = begin(k), to = head > 0 && k == 0 ? head : from + kBlock;
+    return (to < classes ? to : classes) - from;
+  }
+  int64_t block_of(int64_t c) const { return head > 0 ? (c < head ? 0 : 1 + (c - head) / kBlock) : c / kBlock; }
+  int64_t offset(int64_t k) const { return head > 0 ? (k == 0 ? 0 : kPad + begin(k) - head) : begin(k); }
+};
+
+template <class Body>
+inline void parallel(ParallelFor run, int64_t n, int64_t grain, const Body& body) {
+  if (n <= 1 || !run) {
+    if (n > 0) body(int64_t(0), n);
+    return;
+  }
+  run(n, grain, [](int64_t from, int64_t to, void* b) { (*static_cast<const Body*>(b))(from, to); },
+      const_cast<Body*>(&body));
+}
+
+template <class A>
+struct Rows {
+  const Context<A>& ctx;
+  const Sweeps<A>& sweeps;
+  bool shared = ctx.rows < kFewRows && ctx.classes >= 2 * kChunk;
+
+  // Statistics alone need exp(y) no longer than its block, unless threads are in several at once.
+  bool keep() const { return shared || ctx.call.op != Op::stats; }
+
+  Cut cut(int64_t r) const {
+    if (!ctx.call.stream || ctx.call.op == Op::stats) return Cut(ctx.classes, 0);
+    const int64_t bytes = r * ctx.call.out.batch_stride * int64_t(ctx.size);
+    return Cut(ctx.classes, (kVecBytes - bytes % kVecBytes) % kVecBytes / int64_t(ctx.size));
+  }
+
+  int64_t scratch_row() const { return (ctx.classes + 2 * kPad + 63) / 64 * 64; }
+
+  Piece<A> piece(int64_t r, const Cut& cut, int64_t k, A* e) const {
+    const int64_t at = keep() ? cut.offset(k) : 0;
+    return {ctx.x_row(r),  ctx.dense_row(r), ctx.call.op == Op::stats ? nullptr : ctx.out_row(r),
+            cut.begin(k),  cut.size(k),      e + at,
+            e + at + (ctx.teacher ? scratch_row() : 0)};
+  }
+
+  // First sweep over blocks [from, to). refs: one a block, used by the second sweep; null for stats.
+  void first(int64_t r, const Cut& cut, int64_t from, int64_t to, A* e, Refs* refs, Sums& sums, Refs& at) const {
+    for (int64_t k = from; k < to; ++k) {
+      const Piece<A> p = piece(r, cut, k, e);
+      Refs now = at;
+      Sums part = sweeps.first(ctx, p, now);
+      const bool again = replace_ref<A>(now.x, now.known, part.top);
+      const bool teacher_again = ctx.teacher && replace_ref<A>(now.teacher, now.teacher_known, part.ttop);
+      if (again || teacher_again) part = sweeps.first(ctx, p, now);
+      absorb(sums, at, part, now);
+      at = now;
+      if (refs) refs[k] = now;
+    }
+  }
+
+  // Takes the sparse entries off scratch, where the second sweep then finds them.
+  void take_entries(int64_t r, const Cut& cut, A* e, const Factors& f, double* a) const {
+    bool direct = false;
+    ctx.entries(r, [&](int64_t c, double t) {
+      const double factor = a[cut.block_of(c)], move = f.entry * t * ctx.weight_of(c) / factor;
+      // In the scale of e the entry may be out of range, or e have no weight at all.
+      if (factor == factor && !(__builtin_fabs(factor) > 1e-25 && __builtin_fabs(move) < 1e25)) direct = true;
+    });
+    if (direct) {
+      for (int64_t k = 0; k < cut.blocks; ++k) {
+        A* block = e + cut.offset(k);
+        for (int64_t i = 0; i < (cut.size(k) + sweeps.unit - 1) / sweeps.unit * sweeps.unit; ++i) block[i] *= A(a[k]);
+        a[k] = 1;
+      }
+    }
+    ctx.entries(r, [&](int64_t c, double t) {
+      const int64_t k = cut.block_of(c), i = c - cut.begin(k);
+      const double take = f.entry * t * ctx.weight_of(c);
+      e[cut.offset(k) + i / sweeps.unit * sweeps.unit + sweeps.slot(int(i % sweeps.unit))] -= A(take / a[k]);
+    });
+  }
+
+  void zero(int64_t r) const {
+    char* out = ctx.out_row(r);
+    const int64_t stride = ctx.call.out.class_stride * int64_t(ctx.size);
+    if (ctx.call.out.class_stride == 1) {
+      __builtin_memset(out, 0, size_t(ctx.classes) * ctx.size);
+    } else {
+      for (int64_t c = 0; c < ctx.classes; ++c) __builtin_memset(out + c * stride, 0, ctx.size);
+    }
+  }
+
+  void second(int64_t r, const Cut& cut, int64_t from, int64_t to, A* e, const Refs* refs, const double* a,
+              const Refs& last, const Factors& f) const {
+    for (int64_t k = from; k < to; ++k) {
+      Factors mine = f;
+      mine.a = a[k];
+      mine.b = f.b * ratio(refs[k].x, last.x);
+      if (ctx.teacher) mine.slope = f.slope * ratio(refs[k].teacher, last.teacher);
+      sweeps.second(ctx, piece(r, cut, k, e), refs[k], mine, r);
+    }
+  }
+
+  void block_factors(const Cut& cut, const Refs* refs, const Refs& last, const Factors& f, double* a) const {
+    for (int64_t k = 0; k < cut.blocks; ++k)
+      a[k] = (f.a + f.b * (refs[k].x.shift - last.x.shift)) * ratio(refs[k].x, last.x);
+  }
+
+  // Statistics of a row from its sums; true where a gradient is to be written with the factors.
+  bool settle(int64_t r, const Cut& cut, A* e, const Refs* refs, const Sums& sums, const Refs& last, Factors& f, double* a,
+              double* loss) const {
+    Finished row;
+    if (ctx.call.op != Op::grad) {
+      row = finish(ctx, r, ctx.x_row(r), sums, last);
+      write_stats(ctx, r, row);
+      if (ctx.call.op == Op::stats) return false;
+    }
+    double mine = 0;
+    f = factors_of(ctx, r, row, sums, last, &mine);
+    *loss += mine;
+    if (f.zero) return false;
+    block_factors(cut, refs, last, f, a);
+    if (ctx.sparse && sweeps.slot) take_entries(r, cut, e, f, a);
+    return true;
+  }
+
+  // Rows whose logits need not be read: true after their statistics and their gradient of 0 were written.
+  bool skip(int64_t r) const {
+    const bool ignored = ctx.ignored(r);
+    if (!ignored && !(ctx.call.op == Op::grad && zero_coefficients(ctx, r))) return false;
+    if (ctx.call.op != Op::grad) write_stats(ctx, r, Finished{});
+    if (ctx.call.op != Op::stats) zero(r);
+    return true;
+  }
+
+  struct Space {  // one row's scratch
+    A* e;
+    Refs* refs;
+    double* a;
+  };
+  int64_t block_count() const { return ctx.classes / kBlock + 3; }
+  size_t space_bytes() const {
+    const size_t row = size_t(scratch_row()) * sizeof(A) * (ctx.teacher ? 2 : 1);
+    return row + (size_t(block_count()) * (sizeof(Refs) + sizeof(double)) + 63) / 64 * 64;
+  }
+  Space space(char* at) const {
+    A* e = reinterpret_cast<A*>(at);
+    Refs* refs = reinterpret_cast<Refs*>(e + scratch_row() * (ctx.teacher ? 2 : 1));
+    return {e, refs, reinterpret_cast<double*>(refs + block_count())};
+  }
+
+  void one_row(int64_t r, const Space& s, double* loss) const {
+    const Cut cut = this->cut(r);
+    if (skip(r)) return;
+    Sums sums;
+    Refs last;
+    Factors f;
+    first(r, cut, 0, cut.blocks, s.e, ctx.call.op == Op::stats ? nullptr : s.refs, sums, last);
+    if (settle(r, cut, s.e, s.refs, sums, last, f, s.a, loss)) {
+      second(r, cut, 0, cut.blocks, s.e, s.refs, s.a, last, f);
+    } else if (ctx.call.op != Op::stats) {
+      zero(r);
+    }
+  }
+
+  double run_many() const {
+    const int64_t per_task = ctx.classes >= kTask ? 1 : kTask / (ctx.classes > 0 ? ctx.classes : 1);
+    const int64_t tasks = (ctx.rows + per_task - 1) / per_task;
+    double* losses = static_cast<double*>(scratch(1, size_t(tasks) * sizeof(double)));
+    parallel(ctx.call.parallel, tasks, 1, [&](int64_t from, int64_t to) {
+      const Space s = space(static_cast<char*>(scratch(0, space_bytes())));
+      for (int64_t task = from; task < to; ++task) {
+        double loss = 0;
+        const int64_t end = (task + 1) * per_task < ctx.rows ? (task + 1) * per_task : ctx.rows;
+        for (int64_t r = task * per_task; r < end; ++r) one_row(r, s, &loss);
+        losses[task] = loss;
+      }
+      stream_end();
+    });
+    double sum = 0;
+    for (int64_t task = 0; task < tasks; ++task) sum += losses[task];
+    return sum;
+  }
+
+  // Few long rows: threads share each row, chunk by chunk; chunks are put together in their order.
+  double run_few() const {
+    struct Part {
+      Sums sums;
+      Refs refs;
+    };
+    const int64_t chunk_blocks = kChunk / kBlock, chunks = block_count() / chunk_blocks + 1;
+    int64_t group = kScratchRow / ctx.classes;
+    group = group < 1 ? 1 : group < ctx.rows ? group : ctx.rows;
+    const size_t each = space_bytes();
+    char* memory = static_cast<char*>(scratch(0, each * size_t(group)));
+    struct State {
+      Refs last;
+      Factors f;
+      bool live;
+    };
+    const size_t part_bytes = sizeof(Part) * size_t(group * chunks);
+    Part* parts = static_cast<Part*>(scratch(1, part_bytes + sizeof(State) * size_t(group)));
+    State* states = reinterpret_cast<State*>(reinterpret_cast<char*>(parts) + part_bytes);
+    double loss = 0;
+    for (int64_t r0 = 0; r0 < ctx.rows; r0 += group) {
+      const int64_t n = r0 + group < ctx.rows ? group : ctx.rows - r0;
+      const auto each_chunk = [&](const auto& visit) {
+        parallel(ctx.call.parallel, n * chunks, 1, [&](int64_t from, int64_t to) {
+          for (int64_t i = from; i < to; ++i) {
+            const int64_t row = i / chunks, first_block = i % chunks * chunk_blocks;
+            const Cut cut = this->cut(r0 + row);
+            const int64_t last_block = first_block + chunk_blocks < cut.blocks ? first_block + chunk_blocks : cut.blocks;
+            if (first_block < last_block) visit(row, cut, first_block, last_block, parts[i]);
+          }
+          stream_end();
+        });
+      };
+      each_chunk([&](int64_t row, const Cut& cut, int64_t from, int64_t to, Part& part) {
+        const Space s = space(memory + each * size_t(row));
+        part = Part{};
+        if (from == 0) states[row].live = !skip(r0 + row);
+        first(r0 + row, cut, from, to, s.e, s.refs, part.sums, part.refs);
+      });
+      for (int64_t row = 0; row < n; ++row) {
+        const Space s = space(memory + each * size_t(row));
+        const Cut cut = this->cut(r0 + row);
+        Part& whole = parts[row * chunks];
+        for (int64_t c = 1; c * chunk_blocks < cut.blocks; ++c)
+          absorb(whole.sums, whole.refs, parts[row * chunks + c].sums, parts[row * chunks + c].refs);
+        if (!states[row].live) continue;
+        states[row].last = whole.refs;
+        states[row].live = settle(r0 + row, cut, s.e, s.refs, whole.sums, whole.refs, states[row].f, s.a, &loss);
+        if (!states[row].live && ctx.call.op != Op::stats) zero(r0 + row);
+      }
+      if (ctx.call.op == Op::stats) continue;
+      each_chunk([&](int64_t row, const Cut& cut, int64_t from, int64_t to, Part&) {
+        const Space s = space(memory + each * size_t(row));
+        if (states[row].live)
+          second(r0 + row, cut, from, to, s.e, s.refs, s.a, states[row].last, states[row].f);
+      });
+    }
+    return loss;
+  }
+
+  double run() const { return shared ? run_few() : run_many(); }
+};

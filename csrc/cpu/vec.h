@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Vectors as wide as the instruction set: GCC/Clang vector types, whose arithmetic the compiler knows, and intrinsics
+// for the few things that they lack. Included inside the namespace of an instruction set.
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+#define SOFTCE_INLINE inline __attribute__((always_inline))
+
+typedef float F32V __attribute__((vector_size(kVecBytes)));
+typedef int32_t I32V __attribute__((vector_size(kVecBytes)));
+typedef uint32_t U32V __attribute__((vector_size(kVecBytes)));
+typedef double F64V __attribute__((vector_size(kVecBytes)));
+typedef int64_t I64V __attribute__((vector_size(kVecBytes)));
+typedef uint64_t U64V __attribute__((vector_size(kVecBytes)));
+typedef uint16_t HalfV __attribute__((vector_size(kVecBytes / 2)));  // as many as F32V has floats
+
+// The vector of an accumulation type, float or double, and its bits.
+template <class A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using V = F32V;
+  using U = U32V;
+};
+template <>
+struct VecOf<double> {
+  using V = F64V;
+  using U = U64V;
+};
+template <class A>
+constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(A));
+
+template <class To, class From>
+SOFTCE_INLINE To bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "a reinterpretation keeps the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class V, class A>
+SOFTCE_INLINE V load(const A* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V, class A>
+SOFTCE_INLINE void store(A* p, const V& v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+SOFTCE_INLINE F32V splat(float x) { return x - F32V{}; }
+SOFTCE_INLINE F64V splat(double x) { return x - F64V{}; }
+
+// a > b ? a : b, so b where either is nan.
+#if defined(__AVX512F__)
+SOFTCE_INLINE F32V vmax(F32V a, F32V b) { return (F32V)_mm512_max_ps((__m512)a, (__m512)b); }
+SOFTCE_INLINE F64V vmax(F64V a, F64V b) { return (F64V)_mm512_max_pd((__m512d)a, (__m512d)b); }
+SOFTCE_INLINE F32V fma(F32V a, F32V b, F32V c) { return (F32V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+SOFTCE_INLINE F64V fma(F64V a, F64V b, F64V c) { return (F64V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#elif defined(__AVX2__)
+SOFTCE_INLINE F32V vmax(F32V a, F32V b) { return (F32V)_mm256_max_ps((__m256)a, (__m256)b); }
+SOFTCE_INLINE F64V vmax(F64V a, F64V b) { return (F64V)_mm256_max_pd((__m256d)a, (__m256d)b); }
+SOFTCE_INLINE F32V fma(F32V a, F32V b, F32V c) { return (F32V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+SOFTCE_INLINE F64V fma(F64V a, F64V b, F64V c) { return (F64V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#else
+SOFTCE_INLINE F32V vmax(F32V a, F32V b) { return a > b ? a : b; }
+SOFTCE_INLINE F64V vmax(F64V a, F64V b) { return a > b ? a : b; }
+SOFTCE_INLINE F32V fma(F32V a, F32V b, F32V c) { return a * b + c; }
+SOFTCE_INLINE F64V fma(F64V a, F64V b, F64V c) { return a * b + c; }
+#endif
+
+// Writes a vector past the caches; p is aligned to kVecBytes (half of it for HalfV).
+SOFTCE_INLINE void stream(void* p, F32V v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(static_cast<float*>(p), (__m128)v);
+#else
+  __builtin_memcpy(p, &v, sizeof(v));
+#endif
+}
+SOFTCE_INLINE void stream(void* p, F64V v) { stream(p, bits<F32V>(v)); }
+SOFTCE_INLINE void stream(void* p, U32V v) { stream(p, bits<F32V>(v)); }
+
+// Streamed stores become visible to other threads before whatever this thread writes next.
+SOFTCE_INLINE void stream_end() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <class A>
+SOFTCE_INLINE double sum_of(typename VecOf<A>::V v) {
+  A lanes[kLanes<A>];
+  store(lanes, v);
+  double sum = 0;
+  for (int i = 0; i < kLanes<A>; ++i) sum += lanes[i];
+  return sum;
+}
+
+template <class A>
+SOFTCE_INLINE double max_of(typename VecOf<A>::V v) {
+  A lanes[kLanes<A>];
+  store(lanes, v);
+  A best = lanes[0];
+  for (int i = 1; i < kLanes<A>; ++i) best = lanes[i] > best ? lanes[i] : best;
+  return best;
+}
