@@ -213,6 +213,7 @@ class build_ext(_build_ext):
             print(f"softce: the {name} library is not built: {error}", file=sys.stderr, flush=True)
             self.facts[name] = {"built": False, "why": str(error)[:2000]}
         facts = json.dumps({"version": VERSION, **self.facts}, indent=1)
+        output.parent.mkdir(parents=True, exist_ok=True)
         (output.parent / "_build.json").write_text(facts + "\n")
 
     def copy_extensions_to_source(self) -> None:
