@@ -9,7 +9,10 @@ from collections.abc import Sequence
 
 # name: (module, what it shows); the first one runs where none is named
 DEMOS = {
-    "language-model": ("softce.demo.language_model", "train a small language model with torch's loss and with softce's"),
+    "language-model": (
+        "softce.demo.language_model",
+        "train a small language model with torch's loss and with softce's",
+    ),
     "calibration": ("softce.demo.calibration", "what smoothing does to confidence and calibration on real data"),
 }
 
