@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from . import reference
+from . import reference, validate
 from .autograd import Call, fused_loss, reraise, row_stats
 from .dispatch import is_plain, use_kernel
 from .divergence import target_entropy
 from .layout import Layout, layout_of, per_row
-from .ops import CORRECT, COUNT, ENTROPY, LOSS, LSE, PHI_IDENTITY, TARGET_LOGP, Spec, acc_dtype
+from .ops import CORRECT, COUNT, ENTROPY, LOSS, LSE, MASS, PHI_IDENTITY, TARGET_LOGP, Spec, acc_dtype
 from .options import DEFAULT, Options
+from .probs import log_probabilities
 from .reduction import reduce_rows
-from .row_losses import RowLoss
+from .row_losses import RowLoss, counts, row_factor
 from .targets import ClassIndices, ClassProbabilities, Target, as_target
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -60,8 +61,7 @@ def _make_spec(
     if e > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {e}")
     if not e >= 0.0:
-        warnings.warn(f"label_smoothing must be between 0.0 and 1.0, got {e}: taken as 0, as torch does", stacklevel=4)
-        e = 0.0
+        e = 0.0  # as torch does
     if smoothing not in ("uniform", "others"):
         raise ValueError(f"smoothing must be 'uniform' or 'others', got {smoothing!r}")
     if not temperature > 0.0:
@@ -107,6 +107,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     row_loss: RowLoss | Callable[[Tensor], Tensor] | None = None,
     row_weight: Tensor | None = None,
+    from_probs: bool = False,
     loss_dtype: torch.dtype | None = None,
     empty: str = "nan",
     return_stats: bool = False,
@@ -145,6 +146,9 @@ def cross_entropy(
         row_loss: a transform of the row loss: one of :mod:`softce.row_losses`, or a callable on the ``(R,)`` row
             losses in torch operations (two passes instead of one).
         row_weight: one weight a row, of the target's row shape.
+        from_probs: ``input`` holds probabilities instead of logits. They are divided by their sum, clipped to
+            ``[1e-7, 1 - 1e-7]`` as Keras does and the loss is ``-sum(q * log p)``; ``temperature``, ``softcap`` and
+            ``z_loss``, which act on logits, are not allowed then.
         loss_dtype: dtype of the loss; by default torch's: the promoted dtype of input and target, float32 under
             autocast.
         empty: a mean over no counted row is ``"nan"`` as in torch, or ``"zero"``.
@@ -156,11 +160,15 @@ def cross_entropy(
 
     Raises:
         ValueError: batch sizes that differ, a bad ``reduction``, ``smoothing``, ``temperature``, ``softcap``,
-            ``z_loss`` or ``empty``.
+            ``z_loss`` or ``empty``, and what the target form or the row loss does not take.
         RuntimeError: other shapes or dtypes that do not fit, ``label_smoothing > 1``, a ``weight`` that requires grad
             with class indices, ``ignore_index >= 0`` with probabilities, a backend that cannot run.
         IndexError: a class out of range (on CPU).
         TypeError: an argument of a wrong type.
+
+    Warns:
+        UserWarning: on CPU, an input that looks like the output of a softmax, class probabilities that are negative or
+            nan, and a negative ``label_smoothing``, which is taken as 0 as in torch.
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -175,6 +183,11 @@ def cross_entropy(
     form.check(input, ignore_index)
     if weight is not None:
         _check_weight(weight, input, form)
+    options = DEFAULT if options is None else options
+    if from_probs and (temperature != 1.0 or softcap or z_loss):
+        raise ValueError("temperature, softcap and z_loss act on logits: they cannot be used with from_probs=True")
+    if options.validate:
+        _check_values(input, form, label_smoothing, from_probs)
     return _loss(
         input,
         form,
@@ -183,9 +196,10 @@ def cross_entropy(
         reduction,
         row_loss,
         row_weight,
+        from_probs,
         loss_dtype,
         return_stats,
-        DEFAULT if options is None else options,
+        options,
         (float(label_smoothing), smoothing, temperature, softcap or 0.0, z_loss, empty),
     )
 
@@ -197,6 +211,17 @@ def _check_types(weight: Tensor | None, ignore_index: int, label_smoothing: floa
         raise TypeError(f"cross_entropy: ignore_index must be int, not {type(ignore_index).__name__}")
     if isinstance(label_smoothing, (str, bytes)) or label_smoothing is None:
         raise TypeError(f"cross_entropy: label_smoothing must be float, not {type(label_smoothing).__name__}")
+
+
+def _check_values(input: Tensor, form: Target, label_smoothing: float, from_probs: bool) -> None:
+    if label_smoothing < 0.0:
+        message = f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}: taken as 0, as torch does"
+        warnings.warn(message, stacklevel=3)
+    if from_probs:
+        validate.check_probabilities(input, "input", "from_probs=True takes probabilities; for logits leave it out")
+    else:
+        validate.check_logits(input)
+    form.check_values()
 
 
 def _check_weight(weight: Tensor, input: Tensor, form: Target) -> None:
@@ -227,6 +252,7 @@ def _loss(
     reduction: str,
     row_loss: RowLoss | Callable[[Tensor], Tensor] | None,
     row_weight: Tensor | None,
+    from_probs: bool,
     loss_dtype: torch.dtype | None,
     return_stats: bool,
     options: Options,
@@ -246,6 +272,10 @@ def _loss(
         input = input.to(torch.float64)
         dtype = torch.float64
 
+    if from_probs:
+        input = log_probabilities(input, 1 if input.dim() > 1 else 0)
+        dtype = input.dtype
+
     acc = acc_dtype(dtype)
     layout = layout_of(input)
     logits = layout.block(input)
@@ -253,6 +283,9 @@ def _loss(
     target = kernel_form.target
     if weight is not None:
         target = target._replace(weight=weight.to(acc).contiguous())
+    class_factor = None
+    if isinstance(row_loss, RowLoss) and row_loss.class_factor is not None:
+        class_factor, row_loss = row_loss.class_factor, row_loss.unscaled()
     phi = row_loss if not isinstance(row_loss, RowLoss) else None
     e, smoothing, temperature, softcap, z_loss, empty = settings
     # A tracer would look through the cache and warn; it runs this once a graph anyway.
@@ -272,6 +305,8 @@ def _loss(
     )
     call = Call(target, kernel_form.ignore_index, spec)
     rows = None if row_weight is None else _row_weight(row_weight, layout, acc)
+    if class_factor is not None:
+        rows, reduction = _by_class(class_factor, call, rows, layout, acc, reduction, empty)
 
     tracking = torch.is_grad_enabled()
     others = tracking and any(t is not None and t.requires_grad for t in (*target, rows))
@@ -285,6 +320,7 @@ def _loss(
         and dtype is not torch.float16  # a mean's gradient would underflow before a loss scaler multiplies it
         and phi is None
         and offset is None
+        and not from_probs
         and not others
         and logits.device.type != "meta"
         and is_plain(logits)
@@ -298,8 +334,11 @@ def _loss(
             else:
                 stats = reference.row_stats(logits, target, call.ignore_index, spec, return_stats)
             transform = phi or (row_loss if isinstance(row_loss, RowLoss) and row_loss.phi else None)
+            loss = stats[LOSS] if offset is None else stats[LOSS] - offset
+            if from_probs:  # clipped probabilities do not sum to 1, and are not made to
+                loss = loss - stats[MASS] * stats[LSE]
             loss = reduce_rows(
-                stats[LOSS] if offset is None else stats[LOSS] - offset,
+                loss,
                 stats[COUNT],
                 phi=_without_factor(transform),
                 row_weight=rows,
@@ -311,6 +350,8 @@ def _loss(
     except RuntimeError as error:
         reraise(error)
         raise
+    if options.validate and target.dense is not None:
+        validate.find_nan(loss, target.dense)
     if reduction == "none":
         loss = loss.reshape(layout.row_shape)
     if loss.dtype is not loss_dtype:
@@ -324,6 +365,32 @@ def _loss(
 def _without_factor(transform: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
     """A row loss without its constant factor, which ``Spec.scale`` already holds."""
     return transform.unscaled() if isinstance(transform, RowLoss) else transform
+
+
+def _by_class(
+    class_factor: Tensor,
+    call: Call,
+    rows: Tensor | None,
+    layout: Layout,
+    acc: torch.dtype,
+    reduction: str,
+    empty: str,
+) -> tuple[Tensor, str]:
+    """Row weights that hold the row loss's factor of each row, and the reduction that goes with them.
+
+    The factor is no part of a mean's denominator, so a mean becomes a sum of rows that are already divided by it.
+    """
+    if class_factor.shape[0] != layout.classes:
+        raise ValueError(f"row_loss: expected one factor for each of {layout.classes} classes, got {len(class_factor)}")
+    factor = row_factor(class_factor, call.target, call.ignore_index, call.spec, acc)
+    if rows is not None:
+        factor = factor * rows
+    if reduction != "mean":
+        return factor, reduction
+    count = counts(call.target, call.ignore_index, factor)
+    total = (count if rows is None else count * rows).sum()
+    factor = factor / total
+    return torch.where(total == 0, 0.0, factor) if empty == "zero" else factor, "sum"
 
 
 def _row_weight(row_weight: Tensor, layout: Layout, acc: torch.dtype) -> Tensor:

@@ -2,8 +2,8 @@
 """Drop-in without touching code: every ``F.cross_entropy`` of the process on softce.
 
 ``torch.nn.functional.cross_entropy`` and ``torch.nn.CrossEntropyLoss`` end in the operator
-``aten::cross_entropy_loss``, and the dispatcher lets a library put its own implementation there. What softce cannot take
-goes on to torch's own.
+``aten::cross_entropy_loss``, and the dispatcher lets a library put its own implementation there. What softce cannot
+take goes on to torch's own.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from .dispatch import reasons_against_kernels
 from .functional import FLOATS, cross_entropy
+from .options import Options
 
 _REDUCTIONS = ("none", "mean", "sum")
 # Autograd keys see a call before autograd does; the backend keys serve inference mode; the autocast keys come first of
 # all and would widen half-precision logits in a copy of their own.
 _KEYS = ("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA")
+_OPTIONS = Options(validate=False)  # torch takes any probabilities, and says nothing
 
 _installed: torch.library.Library | None = None
 
@@ -59,6 +61,7 @@ def _cross_entropy_loss(
         ignore_index=ignore_index,
         reduction=_REDUCTIONS[reduction],
         label_smoothing=label_smoothing,
+        options=_OPTIONS,
     )
     assert isinstance(loss, Tensor)
     return loss

@@ -20,6 +20,8 @@ class Options:
             logits' values are lost: whatever autograd saved of them before, or would need of them later, raises.
         explain: warn with the reasons whenever ``"auto"`` had to fall back to the plain PyTorch formula.
         memory_budget: bytes that a fused linear loss may use for its chunk of logits; ``None`` chooses.
+        validate: look at the data of CPU tensors for what cannot have been meant, such as negative probabilities or
+            a softmax output passed as logits, and warn (:mod:`softce.validate` says at what cost).
 
     Raises:
         ValueError: an unknown backend, or a budget that is not positive.
@@ -29,6 +31,7 @@ class Options:
     inplace: bool = False
     explain: bool = False
     memory_budget: int | None = None
+    validate: bool = True
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops import PHI_FOCAL, PHI_GENERALIZED, PHI_IDENTITY, PHI_LABEL_RELAXATION, PHI_POLY1, Spec
+from . import reference
+from .ops import PHI_FOCAL, PHI_GENERALIZED, PHI_IDENTITY, PHI_LABEL_RELAXATION, PHI_POLY1, KernelTarget, Spec
+from .validate import may_look, min_of
 
 
 class RowLoss:
@@ -22,6 +24,7 @@ class RowLoss:
 
     phi: int
     factor: float = 1.0  # a constant in front of the kernel's phi
+    class_factor: Tensor | None = None  # (C,): a factor of each row by its target, besides
 
     def parameters(self) -> tuple[float, float]:
         """The two parameters of ``phi`` in the kernels."""
@@ -47,18 +50,30 @@ class Focal(RowLoss):
 
     Args:
         gamma: focusing exponent, >= 0; 0 is the plain loss.
-        alpha: a constant factor; for one factor a class pass ``weight=`` or ``row_weight=``.
+        alpha: a constant factor, or one a class, ``(C,)``: a row is multiplied by ``alpha[y]`` for a class index and
+            by ``sum_c alpha_c t_c`` for a soft target ``t`` (before smoothing). Unlike ``weight=`` and ``row_weight=``
+            it is no part of what a mean divides by.
 
-    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017. Errors: ValueError out of range.
+    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017. Errors: ValueError out of range or for an
+    ``alpha`` of another length than the classes.
     """
 
     gamma: float = 2.0
-    alpha: float = 1.0
+    alpha: float | Tensor = 1.0
     phi = PHI_FOCAL
 
     def __post_init__(self) -> None:
         _range("Focal", "gamma", self.gamma, 0 <= self.gamma < math.inf, ">= 0")
-        _range("Focal", "alpha", self.alpha, 0 <= self.alpha < math.inf, ">= 0")
+        if not isinstance(self.alpha, Tensor):
+            _range("Focal", "alpha", self.alpha, 0 <= self.alpha < math.inf, ">= 0")
+            return
+        if self.alpha.dim() != 1 or not self.alpha.is_floating_point():
+            raise ValueError(
+                "Focal: alpha must be a number or a floating-point tensor of shape (C,), got "
+                f"{self.alpha.dtype} of shape {list(self.alpha.shape)}"
+            )
+        if may_look(self.alpha) and self.alpha.numel() and not min_of([self.alpha.detach()]) >= 0:
+            raise ValueError("Focal: alpha must be >= 0 for every class")
 
     def parameters(self) -> tuple[float, float]:
         return float(self.gamma), 0.0
@@ -68,15 +83,23 @@ class Focal(RowLoss):
 
     @property
     def factor(self) -> float:  # type: ignore[override]
-        return float(self.alpha)
+        return 1.0 if isinstance(self.alpha, Tensor) else float(self.alpha)
+
+    @property
+    def class_factor(self) -> Tensor | None:  # type: ignore[override]
+        return self.alpha if isinstance(self.alpha, Tensor) else None
 
     def __call__(self, loss: Tensor) -> Tensor:
-        # At l = 0 the derivative of x^gamma for gamma < 1 is infinite while phi' is 0: keep 0^gamma out of autograd.
-        zero = loss == 0
-        safe = torch.where(zero, 1.0, loss)
-        rate = -torch.expm1(-safe)
-        value = self.alpha * torch.where(zero, loss if self.gamma == 0 else 0.0 * loss, rate**self.gamma * safe)
-        return torch.where(loss == torch.inf, self.alpha * loss, value)
+        if isinstance(self.alpha, Tensor):
+            raise TypeError("Focal: alpha of shape (C,) needs the target; pass the row loss to softce.cross_entropy")
+        if self.gamma == 0:
+            return self.alpha * loss
+        # Outside, phi is 0 or l itself. The formula must not see those values: 0^(gamma-1) and inf * 0 would reach
+        # the gradient through autograd, whatever torch.where picks.
+        none, endless = loss < torch.finfo(loss.dtype).tiny, loss == torch.inf
+        safe = torch.where(none | endless, 1.0, loss)
+        value = torch.where(none, 0.0 * loss, (-torch.expm1(-safe)) ** self.gamma * safe)
+        return self.alpha * torch.where(endless, loss, value)
 
 
 @dataclass(frozen=True)
@@ -157,6 +180,40 @@ class Poly1(RowLoss):
 
     def __call__(self, loss: Tensor) -> Tensor:
         return loss - self.epsilon * torch.expm1(-loss)
+
+
+# Elements of a dense target that are turned into probabilities at a time.
+_CHUNK = 1 << 22
+
+
+def row_factor(class_factor: Tensor, target: KernelTarget, ignore_index: int, spec: Spec, acc: torch.dtype) -> Tensor:
+    """``sum_c class_factor_c t_c`` of each row, ``(R,)``, for the target ``t`` before smoothing and weights."""
+    factor = class_factor.to(acc)
+    if target.index is None:
+        assert target.dense is not None
+        rows = reference.as_rows(target.dense)
+        step = max(1, _CHUNK // max(1, rows.shape[1]))
+        parts = [
+            reference.dense_target(target._replace(dense=rows[i : i + step]), spec, acc) @ factor
+            for i in range(0, rows.shape[0], step)
+        ]
+        return torch.cat(parts) if parts else factor.new_zeros(0)
+    padding = target.index == ignore_index
+    found = factor[torch.where(padding, 0, target.index)] if factor.numel() else factor.new_zeros(padding.shape)
+    found = torch.where(padding, 0.0, found if target.value is None else found * target.value).sum(1)
+    if target.rest is None:
+        return found
+    return torch.where(padding.all(1), 0.0, found + target.rest * factor.sum())
+
+
+def counts(target: KernelTarget, ignore_index: int, factor: Tensor) -> Tensor:
+    """What each row adds to a mean's denominator, as the statistic of that name; dtype and device of ``factor``."""
+    valid = reference.valid_rows(target, ignore_index)
+    if valid is None:
+        return torch.ones_like(factor)
+    if target.index is not None and target.weight is not None and target.value is None and target.index.shape[1] == 1:
+        return torch.where(valid, target.weight[torch.where(valid, target.index[:, 0], 0)], 0.0)
+    return valid.to(factor.dtype)
 
 
 def phi_of(spec: Spec) -> RowLoss | None:

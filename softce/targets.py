@@ -7,7 +7,9 @@ shape. The other forms are small public classes. To add one, write a class with 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from .layout import Layout
 from .ops import DENSE_LOGITS, DENSE_PROBS, KernelTarget
+from .validate import check_logits, check_probabilities, may_look, min_of
 
 
 class Form(NamedTuple):
@@ -34,6 +37,9 @@ class Target:
     def check(self, input: Tensor, ignore_index: int) -> None:
         """Raise for anything about shapes, dtypes or devices that the form cannot take with this ``input``."""
         raise NotImplementedError
+
+    def check_values(self) -> None:
+        """Warn about values that cannot have been meant, where looking at them is cheap (:mod:`softce.validate`)."""
 
     def dtype(self, input: Tensor) -> torch.dtype:
         """The dtype of the loss by torch's promotion."""
@@ -78,23 +84,27 @@ def _check_float(name: str, x: Tensor, what: str) -> None:
         raise RuntimeError(f"Expected floating point type for {what}, got {x.dtype} ({name})")
 
 
+def _check_indices(name: str, input: Tensor, index: Tensor) -> None:
+    if index.dtype != torch.int64 and index.dtype != torch.uint8:
+        hint = ""
+        if index.is_floating_point():
+            hint = (
+                f": class probabilities must have the input's shape {list(input.shape)}, got {list(index.shape)}; "
+                "continuous regression targets are not classes, use a regression loss such as mse_loss for them"
+            )
+        raise RuntimeError(f"expected {name} dtype to be Long or Byte, but got {index.dtype}{hint}")
+    _check_rows(name, input, tuple(index.shape))
+    _check_device(name, input, index)
+
+
 @dataclass(frozen=True, eq=False)
 class ClassIndices(Target):
-    """One class a row: int64 or uint8, shape ``()``, ``(N,)`` or ``(N, d1, ..)``; what a plain tensor target becomes."""
+    """One class a row: int64 or uint8, ``()``, ``(N,)`` or ``(N, d1, ..)``; what a plain tensor target becomes."""
 
     index: Tensor
 
     def check(self, input: Tensor, ignore_index: int) -> None:
-        if self.index.dtype != torch.int64 and self.index.dtype != torch.uint8:
-            hint = ""
-            if self.index.is_floating_point():
-                hint = (
-                    f": class probabilities must have the input's shape {list(input.shape)}, "
-                    f"got {list(self.index.shape)}; continuous regression targets are not classes"
-                )
-            raise RuntimeError(f"expected target dtype to be Long or Byte, but got {self.index.dtype}{hint}")
-        _check_rows("target", input, tuple(self.index.shape))
-        _check_device("target", input, self.index)
+        _check_indices("target", input, self.index)
 
     def kernel_form(self, layout: Layout, acc: torch.dtype, logits_dtype: torch.dtype, ignore_index: int) -> Form:
         index = self.index
@@ -113,15 +123,27 @@ class ClassProbabilities(Target):
     prob: Tensor
 
     def check(self, input: Tensor, ignore_index: int) -> None:
-        _check_float("target", self.prob, "target with class probabilities")
+        if not self.prob.is_floating_point():
+            raise RuntimeError(
+                f"Expected floating point type for target with class probabilities, got {self.prob.dtype}: a target of "
+                "the input's shape holds probabilities. For integer one-hot rows pass target.float(), or the class "
+                "indices target.argmax(1)"
+            )
         if self.prob.shape != input.shape:
-            _check_rows("target", input, tuple(self.prob.shape))
-            raise RuntimeError(f"Expected target size {list(input.shape)}, got {list(self.prob.shape)}")
+            if self.prob.shape[:1] != input.shape[:1]:
+                _check_rows("target", input, tuple(self.prob.shape))
+            raise RuntimeError(
+                f"Expected target size {list(input.shape)}, got {list(self.prob.shape)}: class probabilities must have "
+                "the input's shape; continuous regression targets are not classes, use a regression loss for them"
+            )
         if ignore_index >= 0:
             raise RuntimeError(
                 f"ignore_index is not supported for floating point target, got ignore_index={ignore_index}"
             )
         _check_device("target", input, self.prob)
+
+    def check_values(self) -> None:
+        check_probabilities(self.prob)
 
     def dtype(self, input: Tensor) -> torch.dtype:
         return torch.promote_types(input.dtype, self.prob.dtype)
@@ -137,6 +159,9 @@ def _dense(x: Tensor, layout: Layout, acc: torch.dtype, logits_dtype: torch.dtyp
     return layout.block(x)
 
 
+_ROUNDING = 1e-3  # what low-precision probabilities may lie outside their range by rounding
+
+
 @dataclass(frozen=True, eq=False)
 class TopK(Target):
     """K teacher entries a row, ``t = sum_k prob_k * onehot(index_k)`` over what ``rest`` says of the other classes.
@@ -144,13 +169,14 @@ class TopK(Target):
     Args:
         index: int64 ``(..., K)`` with the row shape of the input in front: ``(N, K)`` for ``(N, C)`` logits. -1 and
             ``ignore_index`` are padding; a row of padding alone is ignored. A class that stands twice adds up.
-        prob: ``(..., K)`` probabilities, or log-probabilities with ``log=True``.
+        prob: ``(..., K)`` probabilities, or log-probabilities with ``log=True``. What stands beside padding is unused.
         rest: ``"zero"``: the other classes have none. ``"uniform"``: ``1 - sum(prob)`` is spread evenly over the
             classes that are not listed. ``"renormalize"``: the entries are divided by their sum.
         log: ``prob`` holds log-probabilities.
 
-    Errors: RuntimeError for dtypes, devices and spatial shapes, ValueError for the batch size and ``rest``,
-    IndexError for a class out of range. The loss divides by the number of rows under ``mean``, as for probabilities.
+    Errors: RuntimeError for dtypes, devices and spatial shapes, IndexError for a class out of range, ValueError for the
+    batch size, for ``rest`` and, on CPU outside of graphs, for probabilities that are negative, nan or, with
+    ``rest="uniform"``, sum to more than 1. The loss divides by the number of rows under ``mean``, as for probabilities.
     """
 
     index: Tensor
@@ -174,6 +200,25 @@ class TopK(Target):
         _check_rows("TopK.index without its last dimension", input, tuple(self.index.shape[:-1]))
         _check_device("TopK.index", input, self.index)
         _check_device("TopK.prob", input, self.prob)
+        if may_look(self.prob) and self.prob.numel():
+            self._check_prob(ignore_index)
+
+    def _check_prob(self, ignore_index: int) -> None:
+        low, high = torch.aminmax(self.prob.detach())
+        if self._possible(float(low), float(high)):
+            return
+        entries = self.prob.detach()[(self.index != -1) & (self.index != ignore_index)]
+        if not entries.numel():
+            return
+        low, high = torch.aminmax(entries)
+        if self._possible(float(low), float(high)):
+            return
+        want = "log-probabilities (log=True), none above 0" if self.log else "probabilities, none negative"
+        hint = "" if self.log else "; pass log=True for log-probabilities"
+        raise ValueError(f"TopK: prob must hold {want} and none nan, got values from {low:.4g} to {high:.4g}{hint}")
+
+    def _possible(self, low: float, high: float) -> bool:
+        return high <= _ROUNDING if self.log else low >= -_ROUNDING
 
     def dtype(self, input: Tensor) -> torch.dtype:
         return torch.promote_types(input.dtype, self.prob.dtype)
@@ -183,16 +228,23 @@ class TopK(Target):
         index = self.index.reshape(-1, k)
         index = torch.where(index == -1, ignore_index, index)
         padding = index == ignore_index
-        prob = self.prob.reshape(-1, k).to(acc)
-        prob = torch.where(padding, 0.0, prob.exp() if self.log else prob)
+        prob = torch.where(padding, -torch.inf if self.log else 0.0, self.prob.reshape(-1, k).to(acc))
+        prob = prob.exp() if self.log else prob
         rest = None
         if self.rest == "renormalize":
             total = prob.sum(1, keepdim=True)
             prob = prob / torch.where(total == 0, 1.0, total)
         elif self.rest == "uniform":
+            left = 1 - prob.sum(1)
+            # Low-precision probabilities may sum to a little more than 1 by rounding alone.
+            if may_look(left) and left.numel() and min_of([left.detach()]) < -0.05:
+                raise ValueError(
+                    "TopK: rest='uniform' spreads 1 - sum(prob) over the other classes, but a row's prob sums to "
+                    f"{1 - min_of([left.detach()]):.4g}; use rest='renormalize' or rest='zero'"
+                )
             first = _first_occurrence(index) & ~padding
             others = layout.classes - first.sum(1)
-            rest = torch.where(others > 0, (1 - prob.sum(1)) / others.clamp_min(1), 0.0).to(acc)
+            rest = torch.where(others > 0, left / others.clamp_min(1), 0.0).to(acc)
             prob = prob - rest[:, None] * first
         target = KernelTarget(index=index.contiguous(), value=prob.contiguous(), rest=rest)
         return Form(target, ignore_index=ignore_index)
@@ -226,16 +278,18 @@ class Mixup(Target):
 
     def __post_init__(self) -> None:
         if not isinstance(self.lam, Tensor):
+            if not isinstance(self.lam, Real):
+                raise TypeError(f"Mixup: lam must be a number or a Tensor, got {type(self.lam).__name__}")
             if not 0.0 <= self.lam <= 1.0:
                 raise ValueError(f"Mixup: lam must be in [0, 1], got {self.lam}")
-        elif not torch.compiler.is_compiling() and self.lam.device.type == "cpu" and self.lam.numel():
+        elif may_look(self.lam) and self.lam.numel():
             low, high = (float(v) for v in torch.aminmax(self.lam.detach()))
             if not (low >= 0.0 and high <= 1.0):
                 raise ValueError(f"Mixup: lam must be in [0, 1], got values from {low} to {high}")
 
     def check(self, input: Tensor, ignore_index: int) -> None:
-        ClassIndices(self.target_a).check(input, ignore_index)
-        ClassIndices(self.target_b).check(input, ignore_index)
+        _check_indices("Mixup.target_a", input, self.target_a)
+        _check_indices("Mixup.target_b", input, self.target_b)
         if isinstance(self.lam, Tensor) and self.lam.numel() != 1:
             shape, rows = tuple(self.lam.shape), _row_shape(input)
             if shape != rows and shape != rows[:1]:
@@ -281,7 +335,7 @@ class Teacher(Target):
     divergence: bool = False
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"Teacher: temperature must be positive, got {self.temperature}")
         _check_float("Teacher.logits", self.logits, "teacher logits")
 
@@ -292,6 +346,9 @@ class Teacher(Target):
                 f"Teacher: expected logits of the input's shape {list(input.shape)}, got {list(self.logits.shape)}"
             )
         _check_device("Teacher.logits", input, self.logits)
+
+    def check_values(self) -> None:
+        check_logits(self.logits, "Teacher.logits", "pass probabilities as a plain target, without Teacher")
 
     def dtype(self, input: Tensor) -> torch.dtype:
         return torch.promote_types(input.dtype, self.logits.dtype)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Looks at the data for what cannot have been meant, at next to no cost.
+
+Only ordinary CPU tensors in eager calls are looked at: never a GPU, which would have to be waited for, and never a
+traced or transformed tensor. ``Options(validate=False)`` turns it off, and under :func:`softce.install` it is off.
+
+What it costs:
+
+- *softmax output passed as logits*: three elements of the first row are read straight from memory. Logits almost always
+  show a value outside [0, 1] among them, and that ends the check within a microsecond. Otherwise up to three rows are
+  summed.
+- *class probabilities*: up to ``FULL`` elements are looked at in full, a larger target in up to three rows of it. A nan
+  beyond them is found in the loss, and only then looked for.
+- *top-k entries and mixing weights*: in full; they are small beside the logits.
+
+A warning comes once for each line of the caller's code and shape of the input.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FULL = 1 << 17  # elements of a dense target that are looked at in full
+_ROW = 1 << 14  # elements of one sampled row
+_ROUNDING = 1e-5  # what a probability may lie below 0: rounding, and the steps of numerical differentiation
+
+# The bits of a value of each dtype as an integer, and those of 1.0: the values in [0, 1] are the integers up to it.
+_BITS: dict[torch.dtype, tuple[Any, int]] = {
+    torch.float64: (ctypes.c_uint64, 0x3FF0000000000000),
+    torch.float32: (ctypes.c_uint32, 0x3F800000),
+    torch.bfloat16: (ctypes.c_uint16, 0x3F80),
+    torch.float16: (ctypes.c_uint16, 0x3C00),
+}
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_warned: set[tuple[object, ...]] = set()
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether the data of ``x`` can be read here and now, without waiting for a device or breaking a trace."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        type(x) in _PLAIN
+        and x.device.type == "cpu"
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+_INPUT_HINT = "remove the softmax from the model, or pass from_probs=True for probabilities"
+
+
+def check_logits(input: Tensor, name: str = "input", hint: str = _INPUT_HINT) -> None:
+    """Warn if ``input``, ``(C,)`` or ``(N, C, ..)``, holds probabilities: rows in [0, 1] that sum to 1."""
+    if not may_look(input) or input.dtype not in _BITS or not _may_be_probabilities(input):
+        return
+    x, tolerance = input.detach(), 1e-3 if input.element_size() > 2 else 2e-2
+    for row in _sample(x):
+        low, high = (float(v) for v in torch.aminmax(row))
+        if not (low >= 0.0 and high <= 1.0 and abs(float(row.double().sum()) - 1.0) <= tolerance):
+            return
+    _warn(
+        f"{name} looks like the output of a softmax: its rows are in [0, 1] and sum to 1. Logits are expected, whose "
+        f"softmax is computed here: {hint}",
+        f"softmax {name}",
+        input,
+    )
+
+
+def _may_be_probabilities(x: Tensor) -> bool:
+    """False if one of three elements of the first row lies outside [0, 1]."""
+    dim = 1 if x.dim() > 1 else 0
+    classes = x.shape[dim]
+    if classes < 2 or x.numel() == 0:
+        return False
+    address, step = x.data_ptr(), x.stride(dim) * x.element_size()
+    if not address:
+        return False
+    bits, one = _BITS[x.dtype]
+    return all(bits.from_address(address + k * step).value <= one for k in (0, classes - 1, classes // 2))
+
+
+_TARGET_HINT = "for logits of a teacher pass softce.Teacher(logits), for log-probabilities target.exp()"
+
+
+def check_probabilities(prob: Tensor, name: str = "target", hint: str = _TARGET_HINT) -> None:
+    """Warn if class probabilities ``(C,)`` or ``(N, C, ..)`` are negative or nan; they are used all the same."""
+    if not may_look(prob) or prob.numel() == 0:
+        return
+    t = prob.detach()
+    low = min_of([t] if t.numel() <= FULL else [row[:_ROW] for row in _sample(t)])
+    if low >= -_ROUNDING:
+        return
+    if low != low:
+        _warn(f"{name} holds nan: class probabilities must be numbers", "nan", prob)
+    else:
+        _warn(
+            f"{name} holds negative values (down to {low:.4g}) where class probabilities are expected: {hint}",
+            "negative",
+            prob,
+        )
+
+
+def find_nan(loss: Tensor, dense: Tensor) -> None:
+    """Warn if ``loss`` is nan because the dense target is; for targets that were looked at in part only."""
+    if dense.numel() <= FULL or loss.dim() or not may_look(loss) or not may_look(dense):
+        return
+    if loss.item() != loss.item() and bool(torch.isnan(dense.detach()).any()):
+        _warn("target holds nan, so the loss is nan", "nan", dense)
+
+
+def min_of(parts: list[Tensor]) -> float:
+    """The smallest value of several tensors; nan if any holds one."""
+    lows = [float(torch.aminmax(part)[0]) for part in parts]
+    return next((low for low in lows if low != low), min(lows))
+
+
+def _sample(x: Tensor) -> list[Tensor]:
+    """The class vectors of the first, the middle and the last row of ``(C,)`` or ``(N, C, ..)``."""
+    if x.dim() == 1:
+        return [x]
+    rows = []
+    for n in sorted({0, x.shape[0] // 2, x.shape[0] - 1}):
+        row = x[n]
+        while row.dim() > 1:
+            row = row[..., row.shape[-1] // 2]
+        rows.append(row)
+    return rows
+
+
+def _warn(message: str, topic: str, x: Tensor) -> None:
+    """Warn at the caller's line, once for this line, topic, shape and dtype."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("softce", "torch"):
+        level, frame = level + 1, frame.f_back
+    key = (frame.f_code.co_filename, frame.f_lineno, topic, tuple(x.shape), x.dtype)
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(f"softce: {message}", stacklevel=level)
