@@ -34,11 +34,6 @@ class Call(NamedTuple):
     ignore_index: int
     spec: Spec
 
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """In the operators' order, after the target."""
-        return (self.ignore_index, list(self.spec))
-
 
 def transform_active() -> bool:
     """True under forward-mode AD or a ``torch.func`` transform, where only plain torch operations are right."""
@@ -48,9 +43,11 @@ def transform_active() -> bool:
 
 
 def reraise(error: RuntimeError) -> None:
-    """The kernels' complaint about a class out of range, as the type that torch raises."""
+    """The complaint about a class out of range, the kernels' or the plain formula's, as the type that torch raises."""
     if BAD_INDEX in str(error):
         raise IndexError(str(error)) from None
+    if "is out of bounds for dimension" in str(error):
+        raise IndexError(f"{BAD_INDEX}: {str(error).splitlines()[0]}; classes go from 0 to C - 1") from None
 
 
 def _row_coefficients(stats: Tensor, grad: Tensor, spec: Spec) -> Tensor:
@@ -104,7 +101,7 @@ def _stats_vjp(
     if by_formula:
         return _reference_vjp(logits, call, grad, needs, extras)
     coef = _row_coefficients(stats, grad, call.spec)
-    arguments = (logits, stats[LSE], coef, *call.target, *call.arguments)
+    arguments = (logits, stats[LSE], coef, *call.target, call.ignore_index, call.spec)
     if inplace:
         ops.row_grad_(*arguments)
         torch.autograd.graph.increment_version(logits)
@@ -145,7 +142,7 @@ class _InplaceRowStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: Call, extras: bool) -> Tensor:
-        stats: Tensor = ops.row_stats(logits, *call.target, *call.arguments, extras)
+        stats: Tensor = ops.row_stats(logits, *call.target, call.ignore_index, call.spec, extras)
         _save(ctx, logits, call, stats)
         ctx.extras = extras
         return stats
@@ -164,17 +161,19 @@ def row_stats(logits: Tensor, call: Call, extras: bool, inplace: bool = False) -
         if any(t is not None and t.requires_grad for t in call.target):
             raise RuntimeError("Options(inplace=True) needs a target that requires no gradient: it is read after the logits")
         return _InplaceRowStats.apply(logits, call, extras)  # type: ignore[no-any-return]
-    return ops.row_stats(logits, *call.target, *call.arguments, extras)  # type: ignore[no-any-return]
+    return ops.row_stats(logits, *call.target, call.ignore_index, call.spec, extras)  # type: ignore[no-any-return]
+
+
+_Packed = tuple[Call, Tensor | None, bool, bool, bool]
 
 
 class _Fused(torch.autograd.Function):
     """The reduced loss; its gradient is ready when forward returns."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, call: Call, row_weight: Tensor | None, mean: bool, extras: bool, inplace: bool
-    ) -> tuple[Tensor, Tensor]:
-        arguments = (logits, *call.target, row_weight, *call.arguments, mean, extras)
+    def forward(ctx: Any, logits: Tensor, packed: _Packed) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        call, row_weight, mean, extras, inplace = packed
+        arguments = (logits, *call.target, row_weight, call.ignore_index, call.spec, mean, extras)
         ctx.set_materialize_grads(False)
         if inplace:
             loss, stats = ops.row_fused_(*arguments)
@@ -191,36 +190,38 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         dlogits, ctx.dlogits = ctx.dlogits, None
-        grad: Tensor | None
         if g_loss is None and g_stats is None:
-            grad = None
-        elif g_stats is None and dlogits is not None and not torch.is_grad_enabled() and not transform_active():
-            grad = _scaled(ctx, dlogits, g_loss)
-        elif ctx.inplace:
-            raise RuntimeError(
-                "softce: the gradient was written over the logits (Options(inplace=True)), so a second backward, "
-                "create_graph and gradients of the statistics have nothing left to read; use inplace=False for them"
-            )
-        else:
-            grad = _again(ctx, g_loss, g_stats)
-        return grad, None, None, None, None, None
+            return None, None
+        only_loss = g_stats is None and not torch.is_grad_enabled() and not transform_active()
+        if ctx.inplace:
+            if dlogits is None or not only_loss:
+                raise RuntimeError(
+                    "softce: the gradient was written over the logits (Options(inplace=True)), so a second backward, "
+                    "create_graph and gradients of the statistics have nothing left to read; use inplace=False for them"
+                )
+            return dlogits.mul_(g_loss), None
+        if not only_loss:
+            return _vjp_by_statistics(ctx, g_loss, g_stats), None
+        assert g_loss is not None
+        factor = g_loss.item() if dlogits is None or dlogits.device.type == "cpu" else None
+        if factor is not None and not _exact(factor, ctx.saved_tensors[0].dtype):
+            return _vjp_by_statistics(ctx, g_loss, g_stats), None
+        if dlogits is None:  # a second backward: the first one gave the gradient away
+            logits, call, (row_weight, _) = _restore(ctx)
+            dlogits = ops.row_fused(logits, *call.target, row_weight, call.ignore_index, call.spec, ctx.mean, False)[1]
+        return dlogits if factor == 1.0 else dlogits.mul_(g_loss), None
 
 
-def _scaled(ctx: Any, dlogits: Tensor, g_loss: Tensor | None) -> Tensor | None:
-    """``dlogits`` times the upstream gradient, in place; a factor of 1 costs nothing."""
-    assert g_loss is not None
-    if dlogits.device.type != "cpu":
-        return dlogits.mul_(g_loss)
-    factor = g_loss.item()
-    if factor == 1.0:
-        return dlogits
-    exact = dlogits.element_size() > 2 or abs(math.frexp(factor)[0]) == 0.5
-    # Half precision rounds once: only a power of two may scale what is already rounded.
-    return dlogits.mul_(factor) if exact or ctx.inplace else _again(ctx, g_loss, None)
+def _exact(factor: float, dtype: torch.dtype) -> bool:
+    """Whether a gradient in ``dtype`` can be scaled without a second rounding that shows.
+
+    Half precision rounds once: only a power of two may scale what is already rounded.
+    """
+    return dtype.itemsize > 2 or abs(math.frexp(factor)[0]) == 0.5
 
 
-def _again(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) -> Tensor | None:
-    """The gradient from the saved inputs: a second backward, ``create_graph``, or gradients of the statistics."""
+def _vjp_by_statistics(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) -> Tensor | None:
+    """The gradient from the saved inputs: for ``create_graph``, for gradients of the statistics, to round once."""
     logits, call, (row_weight, saved) = _restore(ctx)
     assert saved is not None
     create_graph, by_formula = torch.is_grad_enabled(), torch.is_grad_enabled() or transform_active()
@@ -247,6 +248,11 @@ def _again(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) -> Tensor | 
     return _stats_vjp(logits, call, saved, grad, (True, *(False,) * 5), ctx.extras)[0]
 
 
+# Straight to the C++ apply: Python's own looks for functorch wrappers first, which fused losses never meet
+# (dispatch.py), and at a few rows of a few classes that look is a tenth of the whole call.
+_apply_fused = super(torch.autograd.Function, _Fused).apply
+
+
 def fused_loss(
     logits: Tensor, call: Call, row_weight: Tensor | None, mean: bool, extras: bool, inplace: bool
 ) -> tuple[Tensor, Tensor]:
@@ -255,7 +261,7 @@ def fused_loss(
     With ``inplace`` the logits hold their gradient afterwards. Their autograd history then ends in a node that raises
     when a gradient comes through it, so a later use cannot be wrong in silence.
     """
-    loss, stats = _Fused.apply(logits, call, row_weight, mean, extras, inplace)
+    loss, stats = _apply_fused(logits, (call, row_weight, mean, extras, inplace))
     if inplace and logits.grad_fn is not None and (logits._base is None or not logits._base.is_leaf):
         _Overwritten.apply(logits)
     return loss, stats
