@@ -44,7 +44,7 @@ struct Fixed {
   Acc<K> block_sum[2][kLargestCluster];
   Entry entries[1];  // 2 * RowParams::entries
 };
-static_assert(offsetof(Fixed<TargetKind::teacher>, entries) <= kFixedShared, "the plan reserves too little");
+static_assert(offsetof(Fixed<TargetKind::teacher>, entries) == kFixedShared, "plan.h reserves it");
 
 // scale / denominator, from the partial counts in their order.
 __device__ __forceinline__ double reduced_scale(double scale, const double* counts, int parts, bool empty_zero,
@@ -82,14 +82,19 @@ __device__ __forceinline__ EntrySums sum_entries(const Entry* entries, int count
   });
 }
 
+// Blocks that a multiprocessor's registers should hold: as many as its shared memory can, without a spill.
+template <TargetKind K, RowMode M>
+constexpr int kBlocksAtOnce = M == RowMode::resident && K != TargetKind::teacher ? 3 : 2;
+
 template <class T, class D, TargetKind K, RowMode M>
-__global__ void __launch_bounds__(kMaxWarps* kLanes) row_kernel(const __grid_constant__ RowParams p) {
+__global__ void __launch_bounds__(kMaxWarps* kLanes, kBlocksAtOnce<K, M>) row_kernel(const __grid_constant__ RowParams p) {
   constexpr bool kExact = sizeof(T) == 4;
   constexpr bool kResident = M == RowMode::resident;
   constexpr int kBatch = kResident ? 2 : 4;
-  extern __shared__ __align__(128) unsigned char memory[];
+  unsigned char* const memory = dynamic_shared();
   Fixed<K>& fixed = *reinterpret_cast<Fixed<K>*>(memory);
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
+  const int warps = static_cast<int>(blockDim.x) / kLanes;
   const int rank = cluster_rank(), size = cluster_size();
   const int slice_number = rank * warps + warp, slices = size * warps;
   const int64_t step = gridDim.x / size;
@@ -99,7 +104,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes) row_kernel(const __grid_con
   if constexpr (M != RowMode::stats)
     inputs.scale = reduced_scale(p.scale, p.counts, p.count_parts, p.empty_zero, lane);
 
-  unsigned char* const slices_at = memory + (kFixedShared + 2 * p.entries * 16 + 127) / 128 * 128;
+  unsigned char* const slices_at = memory + fixed_shared(p.entries);
   unsigned char* const x_memory = slices_at + warp * (p.x_bytes + p.t_bytes);
   unsigned char* const t_memory = x_memory + p.x_bytes;
   SliceStaging<T, D, K> staging;
@@ -117,18 +122,15 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes) row_kernel(const __grid_con
   };
   const auto stage = [&](int64_t row) {
     locate(row);
-    staging.start(x_memory, t_memory, slice.x, slice.t, slice.length, lane, &fixed.arrived[warp]);
+    staging.start(x_memory, t_memory, slice, lane, &fixed.arrived[warp]);
   };
 
   int64_t row = blockIdx.x / size;
   Entry entry = {};
-  if (K == TargetKind::sparse && row < p.rows && threadIdx.x < p.entries)
-    entry = read_entry<T>(p, row, threadIdx.x, p.index[row * p.entries + threadIdx.x]);
+  if (K == TargetKind::sparse && row < p.rows && thread < p.entries)
+    entry = read_entry<T>(p, row, thread, p.index[row * p.entries + thread]);
   if constexpr (kResident) {
-#if SOFTCE_BULK
-    if (lane == 0) barrier_init(&fixed.arrived[warp]);
-    __syncwarp();
-#endif
+    staging.prepare(&fixed.arrived[warp], lane);
     if (row < p.rows) stage(row);
   }
   if (size > 1) cluster_sync();  // no block writes into one that has not started
@@ -138,18 +140,16 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes) row_kernel(const __grid_con
     const bool more = row + step < p.rows;
     int64_t next_class = 0;
     if constexpr (K == TargetKind::sparse) {
-      if (threadIdx.x < p.entries) {
-        entries[threadIdx.x] = entry;
-        if (more) next_class = p.index[(row + step) * p.entries + threadIdx.x];
+      if (thread < p.entries) {
+        entries[thread] = entry;
+        if (more) next_class = p.index[(row + step) * p.entries + thread];
       }
       if (p.rest) inputs.uniform = fmaf(p.scalars.mix_a, p.rest[row], p.scalars.mix_b);
     }
     if (p.row_weight) inputs.row_weight = p.row_weight[row];
 
     if constexpr (kResident) {
-      staging.finish(&fixed.arrived[warp], turn);
-      slice.x = staging.x.buffer;
-      if constexpr (K != TargetKind::sparse) slice.t = staging.t.buffer;
+      staging.finish(slice, &fixed.arrived[warp], turn);
     } else {
       locate(row);
     }
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes) row_kernel(const __grid_con
     EntrySums sums;
     if constexpr (K == TargetKind::sparse) sums = sum_entries(entries, p.entries, acc.m, lane);
     const RowResult result = finish_row<K>(acc, sums, K == TargetKind::sparse ? entries[0] : Entry{}, inputs, p.scalars);
-    if (rank == 0 && threadIdx.x == 0) {
+    if (rank == 0 && thread == 0) {
       p.stats[kLoss * p.rows + row] = result.loss;
       p.stats[kLse * p.rows + row] = result.lse;
       p.stats[kMass * p.rows + row] = result.mass;
@@ -176,8 +176,8 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes) row_kernel(const __grid_con
       if constexpr (M != RowMode::stats) p.row_loss[row] = result.weighted_loss;
     }
     // Of another row than the one being written, so that in place it is still a logit.
-    if (K == TargetKind::sparse && more && threadIdx.x < p.entries)
-      entry = read_entry<T>(p, row + step, threadIdx.x, next_class);
+    if (K == TargetKind::sparse && more && thread < p.entries)
+      entry = read_entry<T>(p, row + step, thread, next_class);
 
     if constexpr (M != RowMode::stats) {
       emit<T, D, K, kBatch>(slice, lane, p.scalars, result);
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes) row_kernel(const __grid_con
       }
     }
     if constexpr (kResident) {
-      release_buffers();
+      staging.release();
       if (more) stage(row + step);
     }
   }

@@ -17,6 +17,11 @@
 #else
 #define SOFTCE_HD inline
 #endif
+#ifdef __CUDA_ARCH__
+#define SOFTCE_UNROLL _Pragma("unroll")
+#else
+#define SOFTCE_UNROLL
+#endif
 
 namespace softce::cuda {
 
@@ -138,7 +143,7 @@ SOFTCE_HD void accumulate(Acc<K>& acc, const float (&x)[N], const float (&t)[N],
                           const RowScalars& s, bool uniform) {
   float z[N];
   float top = kMinusInf;
-#pragma unroll
+SOFTCE_UNROLL
   for (int i = 0; i < N; ++i) {
     z[i] = capped(x[i], s);
     top = fmaxf(top, z[i]);
@@ -146,14 +151,14 @@ SOFTCE_HD void accumulate(Acc<K>& acc, const float (&x)[N], const float (&t)[N],
   if (top > acc.m) raise_reference<K, kExact>(acc, top, s);
   const float reference = finite_reference(acc.m);
   float sum = 0.0f;
-#pragma unroll
+SOFTCE_UNROLL
   for (int i = 0; i < N; ++i) {
     z[i] -= reference;
     sum += exp_below<kExact>(z[i], s.k_hi, s.k_lo);
   }
   acc.s += sum;
   if constexpr (K == TargetKind::probs) {
-#pragma unroll
+SOFTCE_UNROLL
     for (int i = 0; i < N; ++i) {
       const float q = w[i] * fmaf(s.mix_a, t[i], s.mix_b);
       acc.q += q;
@@ -161,7 +166,7 @@ SOFTCE_HD void accumulate(Acc<K>& acc, const float (&x)[N], const float (&t)[N],
     }
   } else if (uniform) {
     float c = 0.0f, q = 0.0f;
-#pragma unroll
+SOFTCE_UNROLL
     for (int i = 0; i < N; ++i) {
       q += w[i];
       c = fmaf(w[i], w[i] == 0.0f ? 0.0f : z[i], c);
@@ -171,11 +176,11 @@ SOFTCE_HD void accumulate(Acc<K>& acc, const float (&x)[N], const float (&t)[N],
   }
   if constexpr (K == TargetKind::teacher) {
     float teacher_top = kMinusInf;
-#pragma unroll
+SOFTCE_UNROLL
     for (int i = 0; i < N; ++i) teacher_top = fmaxf(teacher_top, t[i]);
     if (teacher_top > acc.tm) raise_teacher<kExact>(acc, teacher_top, s);
     const float teacher_reference = finite_reference(acc.tm);
-#pragma unroll
+SOFTCE_UNROLL
     for (int i = 0; i < N; ++i) {
       const float e = exp_below<kExact>(t[i] - teacher_reference, s.teacher_k_hi, s.teacher_k_lo);
       const float q = w[i] * e;
