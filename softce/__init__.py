@@ -5,29 +5,44 @@ from __future__ import annotations
 
 from ._library import empty_cache, pool_stats
 from ._version import __version__
+from .binary import BCEWithLogitsLoss, binary_cross_entropy_with_logits
 from .functional import Stats, cross_entropy
 from .install import install, installed, uninstall
+from .losses import (
+    LabelRelaxationLoss,
+    LabelSmoothingCrossEntropy,
+    LabelSmoothingLossCanonical,
+    SoftTargetCrossEntropy,
+    kl_div_loss,
+)
 from .modules import CrossEntropyLoss
 from .options import Options
 from .row_losses import Focal, GeneralizedCrossEntropy, LabelRelaxation, Poly1
 from .targets import Mixup, Teacher, TopK
 
 __all__ = [
+    "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "Focal",
     "GeneralizedCrossEntropy",
     "LabelRelaxation",
+    "LabelRelaxationLoss",
+    "LabelSmoothingCrossEntropy",
+    "LabelSmoothingLossCanonical",
     "Mixup",
     "Options",
     "Poly1",
+    "SoftTargetCrossEntropy",
     "Stats",
     "Teacher",
     "TopK",
     "__version__",
+    "binary_cross_entropy_with_logits",
     "cross_entropy",
     "empty_cache",
     "install",
     "installed",
+    "kl_div_loss",
     "pool_stats",
     "uninstall",
 ]

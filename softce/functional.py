@@ -15,13 +15,13 @@ from torch.nn import _reduction
 from . import reference, validate
 from .autograd import Call, fused_loss, reraise, row_stats
 from .dispatch import is_plain, use_kernel
-from .divergence import target_entropy
 from .layout import Layout, layout_of, per_row
 from .ops import CORRECT, COUNT, ENTROPY, LOSS, LSE, MASS, PHI_IDENTITY, TARGET_LOGP, Spec, acc_dtype
 from .options import DEFAULT, Options
 from .probs import log_probabilities
 from .reduction import reduce_rows
-from .row_losses import RowLoss, counts, row_factor
+from .row_losses import RowLoss
+from .target_rows import class_factor_rows, counts, target_entropy
 from .targets import ClassIndices, ClassProbabilities, Target, as_target
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -310,7 +310,9 @@ def _loss(
 
     tracking = torch.is_grad_enabled()
     others = tracking and any(t is not None and t.requires_grad for t in (*target, rows))
-    offset = target_entropy(call, acc) if kernel_form.divergence else None
+    offset = None
+    if kernel_form.divergence:
+        offset = target_entropy(target, call.ignore_index, spec, acc, layout.classes)
     kernel = use_kernel(logits, options)
     fused = (
         kernel
@@ -319,7 +321,7 @@ def _loss(
         and logits.requires_grad
         and dtype is not torch.float16  # a mean's gradient would underflow before a loss scaler multiplies it
         and phi is None
-        and offset is None
+        and (offset is None or spec.phi == PHI_IDENTITY)
         and not from_probs
         and not others
         and logits.device.type != "meta"
@@ -328,6 +330,16 @@ def _loss(
     try:
         if fused:
             loss, stats = fused_loss(logits, call, rows, reduction == "mean", return_stats, options.inplace)
+            if offset is not None:
+                loss = loss - reduce_rows(
+                    offset,
+                    stats[COUNT],
+                    phi=None,
+                    row_weight=rows,
+                    reduction=reduction,
+                    scale=spec.scale,
+                    empty_zero=empty == "zero",
+                )
         else:
             if kernel:
                 stats = row_stats(logits, call, return_stats, options.inplace)
@@ -382,7 +394,7 @@ def _by_class(
     """
     if class_factor.shape[0] != layout.classes:
         raise ValueError(f"row_loss: expected one factor for each of {layout.classes} classes, got {len(class_factor)}")
-    factor = row_factor(class_factor, call.target, call.ignore_index, call.spec, acc)
+    factor = class_factor_rows(class_factor, call.target, call.ignore_index, call.spec, acc)
     if rows is not None:
         factor = factor * rows
     if reduction != "mean":

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reference
-from .ops import PHI_FOCAL, PHI_GENERALIZED, PHI_IDENTITY, PHI_LABEL_RELAXATION, PHI_POLY1, KernelTarget, Spec
+from .ops import PHI_FOCAL, PHI_GENERALIZED, PHI_IDENTITY, PHI_LABEL_RELAXATION, PHI_POLY1, Spec
 from .validate import may_look, min_of
 
 
@@ -180,40 +179,6 @@ class Poly1(RowLoss):
 
     def __call__(self, loss: Tensor) -> Tensor:
         return loss - self.epsilon * torch.expm1(-loss)
-
-
-# Elements of a dense target that are turned into probabilities at a time.
-_CHUNK = 1 << 22
-
-
-def row_factor(class_factor: Tensor, target: KernelTarget, ignore_index: int, spec: Spec, acc: torch.dtype) -> Tensor:
-    """``sum_c class_factor_c t_c`` of each row, ``(R,)``, for the target ``t`` before smoothing and weights."""
-    factor = class_factor.to(acc)
-    if target.index is None:
-        assert target.dense is not None
-        rows = reference.as_rows(target.dense)
-        step = max(1, _CHUNK // max(1, rows.shape[1]))
-        parts = [
-            reference.dense_target(target._replace(dense=rows[i : i + step]), spec, acc) @ factor
-            for i in range(0, rows.shape[0], step)
-        ]
-        return torch.cat(parts) if parts else factor.new_zeros(0)
-    padding = target.index == ignore_index
-    found = factor[torch.where(padding, 0, target.index)] if factor.numel() else factor.new_zeros(padding.shape)
-    found = torch.where(padding, 0.0, found if target.value is None else found * target.value).sum(1)
-    if target.rest is None:
-        return found
-    return torch.where(padding.all(1), 0.0, found + target.rest * factor.sum())
-
-
-def counts(target: KernelTarget, ignore_index: int, factor: Tensor) -> Tensor:
-    """What each row adds to a mean's denominator, as the statistic of that name; dtype and device of ``factor``."""
-    valid = reference.valid_rows(target, ignore_index)
-    if valid is None:
-        return torch.ones_like(factor)
-    if target.index is not None and target.weight is not None and target.value is None and target.index.shape[1] == 1:
-        return torch.where(valid, target.weight[torch.where(valid, target.index[:, 0], 0)], 0.0)
-    return valid.to(factor.dtype)
 
 
 def phi_of(spec: Spec) -> RowLoss | None:

@@ -110,7 +110,7 @@ class ClassIndices(Target):
         index = self.index
         if index.dtype is not torch.int64:
             index = index.to(torch.int64)
-        return Form(KernelTarget(index=index.reshape(-1, 1)), ignore_index=ignore_index)
+        return Form(KernelTarget(index=index.reshape(-1, 1).contiguous()), ignore_index=ignore_index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +242,7 @@ class TopK(Target):
                     "TopK: rest='uniform' spreads 1 - sum(prob) over the other classes, but a row's prob sums to "
                     f"{1 - min_of([left.detach()]):.4g}; use rest='renormalize' or rest='zero'"
                 )
-            first = _first_occurrence(index) & ~padding
+            first = first_occurrence(index) & ~padding
             others = layout.classes - first.sum(1)
             rest = torch.where(others > 0, left / others.clamp_min(1), 0.0).to(acc)
             prob = prob - rest[:, None] * first
@@ -250,7 +250,7 @@ class TopK(Target):
         return Form(target, ignore_index=ignore_index)
 
 
-def _first_occurrence(index: Tensor) -> Tensor:
+def first_occurrence(index: Tensor) -> Tensor:
     """Bool ``(R, K)``: entries whose class does not stand earlier in the row."""
     ordered, order = torch.sort(index, dim=1, stable=True)
     fresh = torch.ones_like(ordered, dtype=torch.bool)

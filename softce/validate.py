@@ -108,6 +108,19 @@ def check_probabilities(prob: Tensor, name: str = "target", hint: str = _TARGET_
         )
 
 
+def check_binary(target: Tensor) -> None:
+    """Warn if targets of a binary loss lie outside [0, 1] or are nan; they are used all the same."""
+    if not may_look(target) or target.numel() == 0:
+        return
+    t = target.detach()
+    if t.numel() > FULL:
+        t = t.reshape(-1)[:_ROW] if t.is_contiguous() else t[0, ..., :_ROW] if t.dim() > 1 else t[:_ROW]
+    low, high = (float(v) for v in torch.aminmax(t))
+    if not (low >= -_ROUNDING and high <= 1.0 + 1e-2):
+        found = "nan" if low != low else f"values from {low:.4g} to {high:.4g}"
+        _warn(f"target holds {found} where probabilities of the positive class are expected", "binary", target)
+
+
 def find_nan(loss: Tensor, dense: Tensor) -> None:
     """Warn if ``loss`` is nan because the dense target is; for targets that were looked at in part only."""
     if dense.numel() <= FULL or loss.dim() or not may_look(loss) or not may_look(dense):
