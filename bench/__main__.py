@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import adapters, linear, machine, report, targets
+from . import adapters, forms, linear, machine, report, targets
 from .cases import select
-from .isolate import NO_PAGE_FAULTS, ROOT
+from .isolate import NO_PAGE_FAULTS, ROOT, command
 from .measure import Record
 from .sections import SECTIONS, Job, Settings
 
@@ -23,7 +23,7 @@ PAGE_FAULT_FREE = "SOFTCE_BENCH_NO_PAGE_FAULTS"
 
 
 def parser() -> argparse.ArgumentParser:
-    names = [*dict.fromkeys((*adapters.ADAPTERS, *linear.ADAPTERS))]
+    names = [*dict.fromkeys((*adapters.ADAPTERS, *forms.ADAPTERS, *linear.ADAPTERS))]
     parse = argparse.ArgumentParser(prog="softce bench", description=__doc__)
     parse.add_argument("patterns", nargs="*", help='cases whose id contains one of these, as "512x32768 float32"')
     parse.add_argument(
@@ -120,10 +120,8 @@ def run(jobs: Sequence[Job], settings: Settings, folder: Path, kept: Sequence[Re
 
 def without_page_faults(argv: Sequence[str]) -> None:
     """Starts this program again under the allocator settings, which are read at process start only."""
-    env = {**os.environ, **NO_PAGE_FAULTS, PAGE_FAULT_FREE: "1"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH", ""))))
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "bench", *argv], env)
+    os.execve(sys.executable, command("bench", *argv), {**os.environ, **NO_PAGE_FAULTS, PAGE_FAULT_FREE: "1"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -59,7 +59,7 @@ class Reference:
                 wrong[name] += float((rows_of[name][rows].double() - grad).square().sum())
         loss /= self.rows
         return {
-            name: Errors((wrong[name] / norm) ** 0.5, abs(float(value) - loss) / abs(loss))
+            name: Errors((wrong[name] / norm) ** 0.5, abs(float(value.detach()) - loss) / abs(loss))
             for name, (value, _) in contestants.items()
         }
 

@@ -29,17 +29,21 @@ NO_PAGE_FAULTS = {
 }
 
 
+def command(module: str, *arguments: str) -> list[str]:
+    """Starts ``module`` of this very tree, whatever the current directory or the environment holds."""
+    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); runpy.run_module({module!r}, run_name='__main__')"
+    return [sys.executable, "-c", code, *arguments]
+
+
 def run(job: dict[str, Any], env: dict[str, str] | None = None, timeout: float = 900.0) -> dict[str, Any]:
     """Runs ``job`` in a fresh interpreter; a failure comes back as ``{"error": ..}``, never as an exception."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        variables = {**os.environ, **(env or {}), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "bench.isolate"],
+                command("bench.isolate"),
                 input=json.dumps({**job, "out": str(out)}),
-                env=variables,
+                env={**os.environ, **(env or {})},
                 text=True,
                 stderr=subprocess.PIPE,
                 timeout=timeout,
@@ -65,6 +69,10 @@ def _suite(job: dict[str, Any]) -> tuple[Any, Any]:
         from . import linear
 
         return linear.make_inputs(linear.LinearCase(**job["case"])), linear.ADAPTERS
+    if job["suite"] == "forms":
+        from . import forms
+
+        return forms.make_inputs(_logits_case(job)), forms.ADAPTERS
     from . import adapters, cases
 
     return cases.make_inputs(_logits_case(job)), adapters.ADAPTERS

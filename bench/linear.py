@@ -241,7 +241,7 @@ def time_case(
     torch.set_num_threads(threads)
     inputs = make_inputs(case)
     found, skipped = entries(names, inputs, ADAPTERS)
-    with no_recompiles():
+    with no_recompiles(names):
         measured, wrong = check(inputs, found)
         found = [entry for entry in found if entry.name not in wrong]
         samples = interleave(found, seconds=seconds, min_rounds=3, on_round=progress)

@@ -47,7 +47,7 @@ def time_case(
     torch.set_num_threads(threads)
     inputs = make_inputs(case)
     found, skipped = adapters.entries(names, inputs)
-    with adapters.no_recompiles():
+    with adapters.no_recompiles(names):
         found, accuracies, wrong = check(inputs, found)
         samples = interleave(found, seconds=seconds, on_round=progress)
     record = record_of("logits", case, samples, skipped, wrong, threads=threads, bytes=case.traffic)

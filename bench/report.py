@@ -157,6 +157,27 @@ def memory_block(records: Sequence[Record]) -> str:
     return table(["case", "gradients MiB", *(f"{name} MiB" for name in names)], rows)
 
 
+def forms_block(timed: Sequence[Record], memory: Sequence[Record]) -> str:
+    """A row for every form: its time against class indices, and eager's against it."""
+    parts = []
+    for record in timed:
+        forms = [name for name in _contestants([record]) if not name.startswith("eager-")]
+        rows = [
+            (
+                name,
+                seconds(result(record, name, "median_s")),
+                times(record, name, "hard"),
+                times(record, f"eager-{name}", name),
+            )
+            for name in forms
+        ]
+        title = f"### {_shape(record)}, {record['case']['dtype']}"
+        parts.append(f"{title}\n\n" + table(("form", "softce", "softce / class indices", "eager / softce"), rows))
+    if memory:
+        parts.append("Peak memory of one call:\n\n" + memory_block(memory))
+    return "\n\n".join(parts)
+
+
 def linear_block(timed: Sequence[Record], memory: Sequence[Record]) -> str:
     """Time against the three matrix products alone, then memory."""
     parts = []
@@ -208,6 +229,8 @@ def markdown(document: Document, plots: Sequence[str] = ()) -> str:
         parts += ["## Threads", threads_block(of("threads"))]
     if of("memory"):
         parts += ["## Peak memory of one call, fresh process each", memory_block(of("memory"))]
+    if of("forms", "forms-memory"):
+        parts += ["## Target forms and row losses", forms_block(of("forms"), of("forms-memory"))]
     if of("linear", "linear-memory"):
         parts += ["## Fused linear", linear_block(of("linear"), of("linear-memory"))]
     parts += [f"![{name}]({name})" for name in plots]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from . import adapters, cases, isolate, linear, measure
+from . import adapters, cases, forms, isolate, linear, measure
 from .measure import Progress, Record
 
 THREADS_FROM = 1 << 22
@@ -90,12 +90,25 @@ def _peaks(suite: str, case: Any, names: list[str], progress: Progress) -> Recor
     return record
 
 
+def form_memory(settings: Settings) -> Iterator[Job]:
+    names = settings.names({name: forms.ADAPTERS[name] for name in forms.FORMS})
+    for case in forms.all_cases(settings.quick):
+        if case.dtype == "float32":
+            yield Job("forms-memory", case, functools.partial(_peaks, "forms", case, names))
+
+
 def memory(settings: Settings) -> Iterator[Job]:
     names = [name for name in settings.names(adapters.ADAPTERS) if name != "memcpy"]
     shapes = ((64, 32768),) if settings.quick else ((16384, 1000), (512, 32768), (64, 262144), (8, 21, 256, 256))
     for case in cases.all_cases(settings.quick):
         if case.shape in shapes and case.kind in ("hard", "soft+smoothed") and case.dtype == "float32":
             yield Job("memory", case, functools.partial(_peaks, "logits", case, names))
+
+
+def every_form(settings: Settings) -> Iterator[Job]:
+    names = settings.names(forms.ADAPTERS)
+    for case in forms.all_cases(settings.quick):
+        yield Job("forms", case, functools.partial(forms.time_case, case, names, seconds=2 * settings.seconds))
 
 
 def linear_time(settings: Settings) -> Iterator[Job]:
@@ -119,6 +132,8 @@ SECTIONS: dict[str, Callable[[Settings], Iterator[Job]]] = {
     "no-page-faults": no_page_faults,
     "threads": threads,
     "memory": memory,
+    "forms": every_form,
+    "forms-memory": form_memory,
     "linear": linear_time,
     "linear-memory": linear_memory,
 }

@@ -249,4 +249,23 @@ LINEAR_TARGETS = [
     Target("linear, memory_budget of 16 MiB", "linear", _linear(EVERY), ("time", "softce-16MiB", "softce"), "<=", 1.5),
 ]
 
-TARGETS = [*LOGITS_TARGETS, *LINEAR_TARGETS]
+
+def _form(what: str, figure: tuple[str, ...], op: str, bound: float, section: str = "forms") -> Target:
+    return Target(what, section, lambda case: case["dtype"] == "float32", figure, op, bound)
+
+
+# A dense target is one more read beside a read and a write: 1.5 times the traffic, and a fifth on top of it.
+DENSE_LIMIT = 1.5 * 1.2
+
+FORM_TARGETS = [
+    *(_form(f"form: {name}", ("time", name, "hard"), "<=", 1.15) for name in ("smoothed", "mixup", "topk")),
+    *(_form(f"form: {name}", ("time", name, "hard"), "<=", DENSE_LIMIT) for name in ("soft", "teacher")),
+    *(_form(f"form: {name}", ("time", f"eager-{name}", name), ">=", 8.0) for name in ("soft", "teacher")),
+    *(
+        _form(f"row loss: {name}", ("time", name, "hard"), "<=", 1.05)
+        for name in ("focal", "relaxation", "generalized", "poly1")
+    ),
+    *(_form(f"form: {name}", ("peak", name), "<=", 1.05, "forms-memory") for name in ("mixup", "topk")),
+]
+
+TARGETS = [*LOGITS_TARGETS, *FORM_TARGETS, *LINEAR_TARGETS]

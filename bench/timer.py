@@ -128,8 +128,9 @@ def interleave(
 ) -> dict[str, Samples]:
     """Times ``entries`` in turns, shuffled anew each round, for about ``seconds`` in all.
 
-    An entry that raises is reported with its error and takes no further part. One that alone would overrun the
-    time (a minute-long call) takes part in the first rounds only, at least one. ``on_round`` hears ``(done, total)``.
+    An entry that raises is reported with its error and takes no further part. One that alone would overrun the time
+    fourfold (a minute-long call) takes part in the first rounds only, at least one. ``on_round`` hears
+    ``(done, total)``.
     """
     results = {entry.name: Samples(note=entry.note) for entry in entries}
     if len(results) != len(entries):
@@ -144,13 +145,8 @@ def interleave(
     alive = [e for e in entries if results[e.name].error is None and not results[e.name].seconds]
     cost = sum(estimates[e.name] * results[e.name].calls for e in alive)
     rounds = max(min_rounds, min(max_rounds, int(seconds / max(cost, 1e-9))))
-    share = 2 * seconds / max(len(alive), 1)
-    limit = {
-        e.name: rounds
-        if rounds * estimates[e.name] * results[e.name].calls <= max(share, seconds / 2)
-        else max(1, min(rounds, int(share / estimates[e.name])))
-        for e in alive
-    }
+    allowed = max(4 * seconds, 1.0)  # of one contestant
+    limit = {e.name: max(1, int(allowed / (estimates[e.name] * results[e.name].calls))) for e in alive}
 
     order = random.Random(0)
     gc_was_on = gc.isenabled()

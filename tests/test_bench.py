@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The benchmark suite itself: its timer, its checks, its verdicts, and one tiny run from end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "bench" / "__main__.py").exists():
+    pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from bench import __main__ as program  # noqa: E402
+from bench import accuracy, adapters, cases, forms, isolate, linear, machine, measure, report, targets  # noqa: E402
+from bench.cases import Case  # noqa: E402
+from bench.timer import Entry, interleave, quartiles, ratio  # noqa: E402
+
+TINY = Case((16, 50), "float32", "smoothed")
+
+
+# ---- the timer ----
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    # The machine slows down by ten in the last two rounds; the ratio of the contestants stays 2.
+    base = [1.0, 1.0, 1.0, 10.0, 10.0]
+    assert ratio([2 * value for value in base], base) == (2.0, 2.0, 2.0)
+    assert ratio([4.0, 9.0], [2.0, 3.0, 5.0])[0] == 2.5  # only the rounds both took part in
+    assert quartiles([3.0]) == (3.0, 3.0)
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 4.0)
+
+
+def test_timer_sees_which_contestant_is_slower() -> None:
+    entries = [Entry("slow", lambda: time.sleep(0.004)), Entry("fast", lambda: time.sleep(0.001))]
+    found = interleave(entries, seconds=0.1, min_rounds=5)
+    assert 1.5 < ratio(found["slow"].seconds, found["fast"].seconds)[0] < 6.0
+    assert len(found["slow"].seconds) == len(found["fast"].seconds) >= 5
+    assert found["fast"].calls >= 2 > found["slow"].calls  # a sample of a short call holds several
+
+
+def test_timer_leaves_before_and_after_untimed_and_calls_them_once_a_sample() -> None:
+    log: list[str] = []
+
+    def wait_untimed(name: str) -> None:
+        log.append(name)
+        time.sleep(0.005)
+
+    entry = Entry(
+        "x",
+        lambda: (log.append("run"), time.sleep(0.003)),
+        before=lambda: wait_untimed("before"),
+        after=lambda: wait_untimed("after"),
+    )
+    samples = interleave([entry], seconds=0.01, min_rounds=2, max_rounds=2)["x"]
+    assert all(value < 0.005 for value in samples.seconds)
+    assert "".join(word[0] for word in log) == "bra" * (len(log) // 3)
+
+
+def test_timer_reports_a_failing_contestant_and_times_the_others() -> None:
+    calls = 0
+
+    def fails_late() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 4:
+            raise RuntimeError("after a while")
+
+    def fails() -> None:
+        raise ValueError("at once")
+
+    entries = [Entry("a", fails), Entry("b", fails_late), Entry("c", lambda: time.sleep(0.002))]
+    found = interleave(entries, seconds=0.02, min_rounds=8, max_rounds=8)
+    assert found["a"].error == "ValueError: at once"
+    assert found["b"].error == "RuntimeError: after a while"
+    assert found["c"].error is None and len(found["c"].seconds) == 8
+    assert found["a"].as_json() == {"error": "ValueError: at once"}
+
+
+def test_timer_gives_a_very_slow_contestant_fewer_rounds() -> None:
+    entries = [Entry("slow", lambda: time.sleep(0.3)), Entry("fast", lambda: time.sleep(0.002))]
+    found = interleave(entries, seconds=0.05, min_rounds=10)
+    assert 1 <= len(found["slow"].seconds) < len(found["fast"].seconds) == 10
+
+
+def test_timer_refuses_two_entries_of_one_name() -> None:
+    with pytest.raises(ValueError, match="names must differ"):
+        interleave([Entry("x", list), Entry("x", list)], seconds=0.01)
+
+
+# ---- cases, adapters, accuracy ----
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_inputs_and_reference_agree_with_torch_in_float64(kind: str) -> None:
+    for shape in ((12, 33), (2, 5, 3, 4)):
+        inputs = cases.make_inputs(Case(shape, "float32", kind))
+        x = inputs.logits.detach().double().requires_grad_()
+        target = inputs.target.double() if cases.KINDS[kind].dense else inputs.target
+        loss = F.cross_entropy(x, target, **inputs.kwargs)
+        (gradient,) = torch.autograd.grad(loss, x)
+        errors = accuracy.Reference(inputs).errors({"exact": (loss, gradient), "off": (loss * 1.01, gradient * 1.01)})
+        assert errors["exact"].gradient < 1e-14 and errors["exact"].loss < 1e-14
+        assert errors["off"].gradient == pytest.approx(0.01) and errors["off"].loss == pytest.approx(0.01)
+
+
+def test_bytes_are_counted_as_one_read_of_everything_and_one_write() -> None:
+    hard, dense = Case((4, 1000), "bfloat16", "hard").traffic, Case((4, 1000), "float32", "soft").traffic
+    assert (hard["memcpy_bytes"], hard["least_bytes"]) == (16000, 16032)
+    assert dense["least_over_memcpy"] == 1.5
+
+
+def test_a_contestant_with_a_wrong_gradient_is_not_timed() -> None:
+    inputs = cases.make_inputs(TINY)
+    wrong = adapters.end_to_end("wrong", lambda x, t, **kw: 1.01 * F.cross_entropy(x, t, **kw), inputs)
+    right = adapters.end_to_end("right", F.cross_entropy, inputs)
+    kept, errors, why = measure.check(inputs, [wrong, right])
+    assert [entry.name for entry in kept] == ["right"]
+    assert "wrong gradient" in why["wrong"] and errors["right"].gradient < 1e-6
+    assert inputs.logits.grad is None
+
+
+def test_every_contestant_of_the_logits_section_runs(cpu_kernels: None) -> None:
+    case = Case((256, 5000), "float32", "soft+smoothed")
+    names = [name for name in adapters.ADAPTERS if name != "compile"]
+    record = measure.time_case(case, names, seconds=0.02)
+    for name in names:
+        found = record["results"][name]
+        assert len(found["seconds"]) >= 5 and found["median_s"] >= found["min_s"] > 0, (name, found)
+    assert record["results"]["softce"]["gradient_error"] < 1e-6
+    assert record["results"]["softce-inplace"]["gradient_error"] < 1e-6
+    json.dumps(record)
+
+
+def test_compile_takes_part(cpu_kernels: None) -> None:
+    if adapters.no_compiler(TINY):
+        pytest.skip(adapters.no_compiler(TINY)[0])
+    record = measure.time_case(TINY, ["eager", "compile"], seconds=0.01)
+    assert record["results"]["compile"].get("median_s"), record["results"]["compile"]
+    assert record["results"]["compile"]["gradient_error"] < 1e-6
+
+
+def test_softce_without_kernels_is_skipped_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from softce import _library
+
+    monkeypatch.setattr(_library.CPU, "_handle", None)
+    monkeypatch.setattr(_library.CPU, "_reason", "it was not built")
+    record = measure.time_case(TINY, ["eager", "softce"], seconds=0.01)
+    assert record["results"]["softce"] == {"skipped": "softce's CPU kernels cannot be used: it was not built"}
+    assert "median_s" in record["results"]["eager"]
+
+
+def test_forms_run_and_agree_with_eager(cpu_kernels: None) -> None:
+    record = forms.time_case(Case((32, 500), "float32", "every form"), list(forms.ADAPTERS), seconds=0.02)
+    for name, found in record["results"].items():
+        assert "median_s" in found, (name, found)
+
+
+def test_linear_contestants_run() -> None:
+    case = linear.LinearCase(32, 16, 300)
+    names = [name for name in linear.ADAPTERS if name != "compile"]
+    record = linear.time_case(case, names, seconds=0.02)
+    timed = ["gemms", "eager"]
+    for name in names:
+        assert "error" not in record["results"][name], (name, record["results"][name])
+        if "skipped" not in record["results"][name]:
+            timed.append(name)
+    assert record["results"]["eager"]["gradient_error"] < 1e-5
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        assert "rows a chunk" in record["results"]["chunked-best"]["note"]
+    assert all(record["results"][name]["median_s"] > 0 for name in timed)
+
+
+def test_linear_reference_gradients_agree_with_torch_in_float64() -> None:
+    for kind in linear.KINDS_MEASURED:
+        inputs = linear.make_inputs(linear.LinearCase(8, 4, 30, kind=kind))
+        x, w = (t.detach().double().requires_grad_() for t in (inputs.input, inputs.linear_weight))
+        target = inputs.target.double() if cases.KINDS[kind].dense else inputs.target
+        expected = torch.autograd.grad(F.cross_entropy(F.linear(x, w), target, **inputs.kwargs), (x, w))
+        for found, truth in zip(linear.gradients(inputs), expected, strict=True):
+            torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-14)
+
+
+# ---- processes of their own ----
+
+
+def test_peak_memory_of_eager_is_several_gradients_and_of_memcpy_none() -> None:
+    case = Case((64, 32768), "float32", "hard")
+    job = {"job": "memory", "suite": "logits", "case": dataclasses.asdict(case), "threads": 1}
+    eager = isolate.run({**job, "name": "eager"})
+    memcpy = isolate.run({**job, "name": "memcpy"})
+    assert eager["exact"] and eager["peak_bytes"] >= 1.9 * case.gradient_bytes, eager
+    assert memcpy["peak_bytes"] <= 0.1 * case.gradient_bytes, memcpy
+
+
+def test_allocator_settings_take_page_faults_away() -> None:
+    if os.confstr("CS_GNU_LIBC_VERSION") is None:
+        pytest.skip("the settings are glibc's")
+    case = Case((256, 32768), "float32", "hard")  # blocks of 32 MiB: always mapped anew by default
+    job = {"job": "time", "case": dataclasses.asdict(case), "names": ["eager"], "seconds": 0.01, "threads": 1}
+    ordinary = isolate.run(job)["results"]["eager"]
+    kept = isolate.run(job, isolate.NO_PAGE_FAULTS)["results"]["eager"]
+    assert ordinary["page_faults"] > 8000 and kept["page_faults"] < 100
+
+
+def test_a_job_that_fails_comes_back_as_an_error() -> None:
+    found = isolate.run({"job": "memory", "suite": "logits", "case": {"shape": [2, 3]}, "name": "nobody", "threads": 1})
+    assert "KeyError" in found["error"]
+
+
+# ---- verdicts and reports ----
+
+
+def _record(section: str = "logits", case: Case | None = None, **figures: Any) -> dict[str, Any]:
+    case = case or Case((512, 32768), "float32", "hard")
+    described = {**dataclasses.asdict(case), "id": case.id, "label": case.label}
+    results = {
+        name: {"seconds": [value] * 3, "median_s": value, "min_s": value, "iqr_s": 0.0, "page_faults": 0}
+        for name, value in figures.items()
+    }
+    return {"section": section, "case": described, "results": results, "bytes": case.traffic}
+
+
+WHERE = targets._pick(["hard"], shapes=[(512, 32768), (64, 262144)])
+FASTER = targets.Target("t", "logits", WHERE, ("time", "eager", "softce"), ">=", 15)
+
+
+def _verdict(target: targets.Target, *records: dict[str, Any]) -> targets.Verdict:
+    (verdict,) = targets.evaluate(records, [target], {"isa": []})
+    return verdict
+
+
+def test_targets_are_met_missed_and_not_measured() -> None:
+    good, bad = _record(eager=1.6, softce=0.1), _record(case=Case((64, 262144)), eager=1.4, softce=0.1)
+    assert _verdict(FASTER, good).status == "met"
+    both = _verdict(FASTER, good, bad)
+    assert both.status == "missed" and both.worst == pytest.approx(14.0)
+    assert _verdict(FASTER).status == "not measured"
+    assert _verdict(FASTER, _record(eager=1.6)).status == "not measured"  # softce failed there
+    assert _verdict(FASTER, good, _record(case=Case((64, 262144)), eager=1.6)).status == "not measured"
+    assert _verdict(FASTER, bad, _record(eager=1.6)).status == "missed"  # a miss stays a miss
+    at_most = dataclasses.replace(FASTER, op="<=", bound=16.0)
+    assert _verdict(at_most, good, bad).status == "met" and _verdict(at_most, good, bad).worst == pytest.approx(16.0)
+
+
+def test_targets_look_at_their_own_records_only() -> None:
+    others = [
+        _record("no-page-faults", eager=1.0, softce=1.0),
+        _record(case=Case((512, 32768), "bfloat16", "hard"), eager=1.0, softce=1.0),
+        _record(case=Case((512, 32768), "float32", "soft"), eager=1.0, softce=1.0),
+        _record(case=Case((8192, 1000), "float32", "hard"), eager=1.0, softce=1.0),
+    ]
+    assert _verdict(FASTER, *others).values == {}
+
+
+def test_memory_and_accuracy_figures() -> None:
+    record = {**_record("memory"), "gradient_bytes": 100 << 20}
+    record["results"] = {"softce": {"peak_bytes": 103 << 20}, "eager": {"peak_bytes": 500 << 20}}
+    assert targets.figure_of(record, ("peak", "softce")) == 1.03
+    assert targets.figure_of(record, ("peak_beyond", "softce", "eager")) == 3 / 400
+    assert targets.figure_of(record, ("peak_beyond_mib", "softce")) == 3.0
+    assert targets.figure_of(record, ("peak", "softce-inplace")) is None
+    record["results"]["softce"]["gradient_error"] = 1e-7
+    assert targets.figure_of(record, ("gradient_error", "softce")) == 1e-7
+    with pytest.raises(ValueError, match="unknown figure"):
+        targets.figure_of({**record}, ("speed", "softce"))
+
+
+def test_every_target_has_a_case_that_is_measured() -> None:
+    settings = program.Settings()
+    jobs = program.plan(settings, list(program.SECTIONS), [])
+    for target in targets.TARGETS:
+        described = [
+            {**dataclasses.asdict(job.case), "id": job.case.id} for job in jobs if job.section == target.section
+        ]
+        assert any(target.where(case) for case in described), target.what
+
+
+def test_targets_for_machines_without_bf16_instructions() -> None:
+    count = {isa: len(targets.evaluate([], targets.TARGETS, {"isa": isa})) for isa in ((), ("avx512_bf16",))}
+    assert count[()] == len(targets.TARGETS) == count[("avx512_bf16",)] + 1
+
+
+def test_machine_facts_and_folder_name() -> None:
+    facts = machine.facts()
+    json.dumps(facts)
+    assert facts["torch"] == torch.__version__ and facts["cores"] >= 1
+    named = {"cpu": "AMD EPYC 7B13 64-Core Processor @ 2.2GHz", "cores": 2, "isa": ["avx2", "fma"]}
+    assert machine.slug(named) == "amd-epyc-7b13-64-2c-avx2"
+
+
+def test_a_failure_shows_in_the_report() -> None:
+    record = _record(memcpy=0.01, eager=0.1)
+    record["results"]["compile"] = {"error": "RuntimeError: no such thing"}
+    record["results"]["softce"] = {"skipped": "not built"}
+    document = {"machine": {}, "settings": {}, "records": [record], "targets": []}
+    text = report.markdown(document)
+    assert "RuntimeError: no such thing" in text and "not built" in text and "failed" in text
+
+
+def test_a_tiny_run_writes_json_tables_and_plots_and_can_miss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    impossible = targets.Target("impossible", "logits", lambda case: True, ("time", "memcpy", "eager"), ">=", 1e9)
+    monkeypatch.setattr(targets, "TARGETS", [impossible])
+    arguments = ["32x10 float32", "--quick", "--sections", "logits", "--seconds", "0.01", "--out", str(tmp_path)]
+    arguments += ["--contestants", "memcpy", "eager", "--check"]
+    assert program.main(arguments) == 1
+    assert "missed" in capsys.readouterr().out
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert [record["case"]["kind"] for record in document["records"]] == list(cases.KINDS)
+    assert {"cpu", "cores", "caches", "torch", "commit", "transparent_hugepages"} <= set(document["machine"])
+    text = (tmp_path / "README.md").read_text()
+    assert "### float32, soft+smoothed" in text and "32 x 10" in text and "impossible" in text
+    assert (tmp_path / "time-float32.png").stat().st_size > 1000
+
+    # --merge keeps what this run does not measure, --report-only measures nothing.
+    assert program.main([*arguments[:-1], "--merge", "--sections", "threads"]) == 0
+    assert len(json.loads((tmp_path / "results.json").read_text())["records"]) == 6
+    monkeypatch.setattr(targets, "TARGETS", [dataclasses.replace(impossible, op="<=")])
+    assert program.main(["--report-only", "--check", "--out", str(tmp_path)]) == 0
+
+
+def test_pattern_words_must_all_match() -> None:
+    found = cases.select(cases.all_cases(), ["512x32768 bfloat16", "32x10-float32-hard"])
+    assert {case.id for case in found} >= {"512x32768-bfloat16-soft", "32x10-float32-hard"}
+    assert all(case.dtype == "bfloat16" for case in found if case.shape == (512, 32768))
+    assert cases.select(cases.all_cases(), ["no such case"]) == []
+
+
+def test_nan_never_meets_a_target() -> None:
+    assert _verdict(FASTER, _record(eager=math.nan, softce=0.1)).status == "missed"
