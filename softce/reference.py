@@ -78,7 +78,7 @@ def row_stats(
     top = y.detach().amax(1) if classes else y.new_zeros(y.shape[0])
     top = torch.where(top == -torch.inf, 0.0, top)
     y = y - top[:, None]
-    shifted_lse = torch.log(torch.exp(y).sum(1))
+    shifted_lse = torch.log(torch.exp(y).sum(1)) if classes else y.sum(1)
     lse = shifted_lse + top
 
     weight = target.weight
@@ -87,8 +87,8 @@ def row_stats(
         index = torch.where(padding, 0, target.index)
         value = torch.ones((), dtype=acc, device=x.device) if target.value is None else target.value
         value = torch.where(padding, 0.0, value)
-        # A 0-class row has nothing to gather; only ignored rows can be there.
-        picked = torch.gather(y, 1, index) if classes else y.new_zeros(index.shape)
+        # Of no classes every entry is out of range but padding, and gather says so.
+        picked = torch.gather(y if classes else y.new_zeros(len(y), 1), 1, index if classes else (~padding).long())
         entry = spec.mix_a * value
         if weight is not None:
             entry = entry * weight[index] if classes else entry
@@ -106,7 +106,8 @@ def row_stats(
         t = dense_target(target, spec, acc)
         q = spec.mix_a * t + spec.mix_b
         q = q if weight is None else q * weight
-        mass, dot, count = q.sum(1), _dot(q, y), torch.ones_like(lse)
+        mass, dot = q.sum(1), _dot(q, y)
+        count = torch.ones_like(lse) if classes else torch.zeros_like(lse)  # numel / C rows: 0 / 0 of no classes
 
     loss = mass * shifted_lse - dot
     if spec.z_loss:

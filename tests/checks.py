@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Comparisons with their tolerances, and proof of which kernels ran."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+SMALLEST = {dtype: torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps for dtype in EPS}  # subnormal step
+
+# Units in the last place of the accumulation dtype that a result may be off, relative to the largest term of its sum.
+# float64: the oracle's own rounding counts too. Half precision: the kernels' exp is 3e-6 there, still far below its ulp.
+ULPS = {torch.float64: 64, torch.float32: 8, torch.bfloat16: 32, torch.float16: 32}
+
+
+def assert_rounded_once(got: Tensor, want: Tensor, *, what: str = "", scale: float | None = None) -> None:
+    """``got`` is ``want`` (float64) computed in the accumulation dtype and rounded once to its own dtype.
+
+    Half an ulp of its own dtype at every element, plus ``ULPS`` of the accumulation dtype relative to ``scale`` or the
+    largest finite value of ``want``, whichever is larger. nan and inf must stand where they stand in ``want``.
+    """
+    assert got.shape == want.shape, f"{what}: shape {list(got.shape)}, expected {list(want.shape)}"
+    value, want = got.detach().cpu().double(), want.detach().cpu()
+    assert torch.equal(value.isnan(), want.isnan()), f"{what}: nan in {value}, expected {want}"
+    limit = torch.finfo(got.dtype).max
+    overflow = want.abs() > limit
+    assert torch.equal(value.isinf(), overflow), f"{what}: inf in {value}, expected {want}"
+    assert torch.equal(value[overflow].sign(), want[overflow].sign()), f"{what}: sign of inf"
+    finite = want.isfinite() & ~overflow
+    value, want = value[finite], want[finite]
+    if not want.numel():
+        return
+    acc = torch.float64 if got.dtype == torch.float64 else torch.float32
+    largest = max(scale or 0.0, float(want.abs().max()))
+    allowed = torch.full_like(want, ULPS[got.dtype] * EPS[acc] * largest)
+    if got.dtype != acc:
+        allowed = allowed + 0.5 * EPS[got.dtype] * (want.abs() + allowed) + SMALLEST[got.dtype]
+    error = (value - want).abs()
+    worst = (error - allowed).argmax()
+    assert bool((error <= allowed).all()), (
+        f"{what}: {value[worst]:.9g} instead of {want[worst]:.9g}, off by {error[worst]:.3g}, allowed {allowed[worst]:.3g} "
+        f"(largest value {largest:.3g}, dtype {got.dtype})"
+    )
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Bit-identical, nan included."""
+    if a is None or b is None:
+        return a is b
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+
+
+def run(function: Any, input: Tensor, *args: Any, upstream: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of ``input`` (a fresh leaf with the same memory layout)."""
+    leaf = input.detach().clone(memory_format=torch.preserve_format) if _dense(input) else input.detach()
+    leaf.requires_grad_()
+    loss = function(leaf, *args, **kwargs)
+    loss.backward(torch.ones_like(loss) if upstream is None else torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss))
+    assert leaf.grad is not None
+    assert leaf.grad.shape == input.shape and leaf.grad.dtype == input.dtype
+    return loss.detach(), leaf.grad
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether ``clone`` keeps the strides: not for expanded or padded tensors, whose layout is what is tested."""
+    return x.is_contiguous()
+
+
+class KernelCalls(Counter[str]):
+    """How often each ``softce::`` operator ran, by name without the namespace."""
+
+    def read(self, profile: Any) -> None:
+        for event in profile.events():
+            if event.name.startswith("softce::"):
+                self[event.name.removeprefix("softce::")] += 1
+
+
+@contextmanager
+def kernel_calls() -> Iterator[KernelCalls]:
+    """Counts the operators that the dispatcher really called, backward threads included; filled when the block ends."""
+    calls = KernelCalls()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield calls
+    calls.read(profile)
