@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -28,13 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(*(f"  {known:16s} {what}" for known, (_, what) in DEMOS.items()), sep="\n", file=sys.stderr)
             return 2
     module = DEMOS[name][0]
-    try:
-        demo = importlib.import_module(module)
-    except ModuleNotFoundError as missing:
-        if missing.name == module:
-            print(f"softce demo: {name} is not part of this installation", file=sys.stderr)
-        else:
-            print(f"softce demo: {name} needs the package {missing.name}: pip install 'softce[demo]'", file=sys.stderr)
+    if importlib.util.find_spec(module) is None:
+        print(f"softce demo: {name} is not part of this installation", file=sys.stderr)
         return 1
+    demo = importlib.import_module(module)
     status: int = demo.main(arguments)
     return status

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,8 +23,8 @@ class Contestant:
     fused: bool = False
 
 
-def _inplace(logits: Tensor, target: Tensor) -> Tensor:
-    loss = softce.cross_entropy(logits, target, options=softce.Options(inplace=True))
+def _softce(logits: Tensor, target: Tensor, inplace: bool = False) -> Tensor:
+    loss = softce.cross_entropy(logits, target, options=softce.Options(inplace=inplace))
     assert isinstance(loss, Tensor)
     return loss
 
@@ -32,8 +33,8 @@ def contestants() -> dict[str, Contestant]:
     """All that this installation has, torch's first: the others are compared with it."""
     found = [
         Contestant("torch", "F.cross_entropy", F.cross_entropy),
-        Contestant("softce", "softce.cross_entropy", softce.cross_entropy),
-        Contestant("softce-inplace", "softce, in place", _inplace),
+        Contestant("softce", "softce.cross_entropy", _softce),
+        Contestant("softce-inplace", "softce, in place", partial(_softce, inplace=True)),
     ]
     linear = getattr(softce, "linear_cross_entropy", None)
     if linear is not None:

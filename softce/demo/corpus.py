@@ -102,6 +102,7 @@ def _tokenize(texts: Sequence[str], vocabulary: int, folder: Path, quiet: bool) 
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
     tokenizer.save(str(folder / "tokenizer.json"))
     end = tokenizer.token_to_id(END)
+    assert end is not None
 
     def pieces() -> Iterator[int]:
         for start in tqdm(range(0, len(texts), BATCH), desc="tokenizing", unit="batch", disable=quiet):

@@ -82,7 +82,7 @@ def _step_loss(contestant: Contestant, model: SmallLM, tokens: Tensor, target: T
         stamps[name] = time.perf_counter()
 
     def stamped(x: Tensor, name: str) -> Tensor:
-        x.register_hook(lambda gradient: stamp(name))
+        x.register_hook(lambda gradient: stamp(name))  # type: ignore[no-untyped-call]
         return x
 
     hidden = stamped(model(tokens), "hidden gradient")
