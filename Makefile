@@ -61,7 +61,7 @@ demo: $(STAMP)/extra-demo $(STAMP)/build
 	$(BIN)/python -m softce demo $(DEMO_ARGS)
 
 test: $(STAMP)/extra-test $(STAMP)/build
-	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(STAMP)/extra-bench $(STAMP)/build
 	$(BIN)/python -m bench $(BENCH_ARGS)
@@ -98,7 +98,7 @@ test-second-torch: wheel
 	$(SECOND)/venv/bin/python -m pip install --quiet "$$(ls dist/softce-*.whl)[test]"
 	$(SECOND)/venv/bin/python -m pip install --quiet --no-deps --force-reinstall dist/softce-*.whl
 	rm -rf $(SECOND)/tree && mkdir -p $(SECOND)/tree && cp -r tests bench docs csrc README.md pyproject.toml $(SECOND)/tree
-	cd $(SECOND)/tree && ../venv/bin/python -m softce info && ../venv/bin/python -m pytest tests $(PYTEST_ARGS)
+	cd $(SECOND)/tree && ../venv/bin/python -m softce info && ../venv/bin/python -m pytest $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist softce.egg-info softce/*.so softce/_build.json .pytest_cache .mypy_cache .ruff_cache .benchmarks

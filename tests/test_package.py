@@ -88,6 +88,22 @@ def test_every_usable_instruction_set_can_be_chosen() -> None:
         _library.isa_choose(before)
 
 
+OVERFLOW = """
+import ctypes
+from softce import _library
+_library.CPU.function("softce_pool_stats", None, ctypes.c_void_p)(ctypes.create_string_buffer(8))
+"""
+
+
+@compiled
+def test_sanitizers_are_awake_in_a_sanitized_build() -> None:
+    if "sanitizers" not in _library.build_info():
+        pytest.skip("the library is not built with sanitizers")
+    result = python("-c", OVERFLOW, PYTHONMALLOC="malloc")
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr
+
+
 # ---- import ----
 
 LIGHT = """
