@@ -8,6 +8,10 @@ from ._version import __version__
 from .binary import BCEWithLogitsLoss, binary_cross_entropy_with_logits
 from .functional import Stats, cross_entropy
 from .install import install, installed, uninstall
+from .linear_functional import LogProbs, linear_cross_entropy, linear_logprobs, plan
+from .linear_modules import LinearCrossEntropyLoss
+from .linear_plan import Plan
+from .linear_targets import LinearTeacher
 from .losses import (
     LabelRelaxationLoss,
     LabelSmoothingCrossEntropy,
@@ -29,8 +33,12 @@ __all__ = [
     "LabelRelaxationLoss",
     "LabelSmoothingCrossEntropy",
     "LabelSmoothingLossCanonical",
+    "LinearCrossEntropyLoss",
+    "LinearTeacher",
+    "LogProbs",
     "Mixup",
     "Options",
+    "Plan",
     "Poly1",
     "SoftTargetCrossEntropy",
     "Stats",
@@ -43,6 +51,9 @@ __all__ = [
     "install",
     "installed",
     "kl_div_loss",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "plan",
     "pool_stats",
     "uninstall",
 ]

@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The chunk loop: a linear map, its row operations and its gradients, a block of logits at a time.
+
+A block is some rows of the logits with all their classes or, where memory is too short for enough rows, a tile of the
+classes. Its buffer is reused from block to block. With all classes in it one pass does everything::
+
+    logits = x W^T;  logits -> dlogits in place;  dx = dlogits W;  dW += dlogits^T x
+
+Tiles go over the weight twice, for the statistics of the rows and then, from logits that are computed again, for the
+gradients; a tile's part of ``dW`` is then written once. Rows that are ignored are dropped before the first product.
+
+Nothing here is differentiated: :mod:`softce.linear_autograd` is built on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import autograd, linear_rows, ops
+from .autograd import BAD_INDEX, Call
+from .linear_map import Map
+from .linear_plan import Chunking, blocks, choose, costs, weight_tile, work_dtype
+from .ops import COUNT, DENSE_LOGITS, DENSE_PROBS, LOSS, LSE, KernelTarget, Spec, acc_dtype
+from .reduction import reduce_rows
+from .row_losses import phi_of
+from .target_rows import counts
+
+
+class Tensors(NamedTuple):
+    """The tensors of a call. R rows; each row of ``input`` and of a dense target is used once at most.
+
+    A dense target is ``dense`` or, as teacher logits, the linear map of the three ``teacher`` tensors.
+    """
+
+    input: Tensor  # (N, H)
+    linear_weight: Tensor  # (V, H)
+    linear_bias: Tensor | None  # (V,)
+    index: Tensor | None  # (R, K), as ops.KernelTarget
+    value: Tensor | None  # (R, K)
+    rest: Tensor | None  # (R,)
+    dense: Tensor | None  # (M, V)
+    weight: Tensor | None  # (V,)
+    teacher_input: Tensor | None  # (M, G)
+    teacher_weight: Tensor | None  # (V, G)
+    teacher_bias: Tensor | None  # (V,)
+    rows: Tensor | None  # int64 (R,): the row of input; None: all, in order
+    target_rows: Tensor | None  # int64 (R,): the row of dense or teacher_input; None: all, in order
+
+    @property
+    def classes(self) -> int:
+        return self.linear_weight.shape[0]
+
+    @property
+    def row_count(self) -> int:
+        """R"""
+        if self.index is not None:
+            return self.index.shape[0]
+        return self.input.shape[0] if self.rows is None else self.rows.shape[0]
+
+    @property
+    def sparse(self) -> KernelTarget:
+        """What of the target is small: without the dense part."""
+        return KernelTarget(self.index, self.value, self.rest, None, self.weight)
+
+
+class Work(NamedTuple):
+    """How to go about it, besides the tensors."""
+
+    ignore_index: int
+    spec: Spec
+    budget: int | None  # Options.memory_budget
+    kernel: bool  # the row operations run in a kernel
+
+
+class Kept(NamedTuple):
+    """The rows that are not ignored: what is left of the tensors, and where those rows stood (None: all are left)."""
+
+    tensors: Tensors
+    positions: Tensor | None
+
+    def select(self, per_row: Tensor | None) -> Tensor | None:
+        """The kept entries of a tensor whose last dimension is R."""
+        return per_row if per_row is None or self.positions is None else per_row.index_select(-1, self.positions)
+
+    def spread(self, stats: Tensor, count: int) -> Tensor:
+        """The inverse of ``select``, 0 for the other rows."""
+        if self.positions is None:
+            return stats
+        return stats.new_zeros(stats.shape[0], count).index_copy_(1, self.positions, stats)
+
+
+def check_index(index: Tensor, ignore_index: int, classes: int) -> Tensor:
+    """Bool ``(R,)``: rows with a class. ``IndexError`` for one out of range."""
+    used = index != ignore_index
+    bad = used & ((index < 0) | (index >= classes))
+    if bool(bad.any()):
+        row = int(bad.any(1).nonzero()[0])
+        raise IndexError(
+            f"{BAD_INDEX}: value {int(index[row][bad[row]][0])} in row {row}, expected 0 <= target < {classes} (the "
+            f"number of classes) or ignore_index ({ignore_index})"
+        )
+    return used.any(1)
+
+
+def keep_rows(tensors: Tensors, ignore_index: int) -> Kept:
+    """Drop the ignored rows; ``IndexError`` for a class out of range, before anything is computed."""
+    index = tensors.index
+    if index is None or index.device.type == "meta":
+        return Kept(tensors, None)
+    used = check_index(index, ignore_index, tensors.classes)
+    if bool(used.all()):
+        return Kept(tensors, None)
+    positions = used.nonzero().squeeze(1)
+
+    def pick(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.index_select(0, positions)
+
+    rows = positions if tensors.rows is None else tensors.rows.index_select(0, positions)
+    smaller = tensors._replace(index=pick(index), value=pick(tensors.value), rest=pick(tensors.rest), rows=rows)
+    return Kept(smaller, positions)
+
+
+class Loop:
+    """One pass, or two over tiles, through the blocks of a call."""
+
+    def __init__(
+        self, tensors: Tensors, work: Work, needs: tuple[bool, ...] = (False,) * 13, *, tiles: bool = True
+    ) -> None:
+        t, self.work = tensors, work
+        self.tensors = tensors
+        self.dtype = work_dtype(t.input.dtype, t.input.device.type)
+        self.acc = acc_dtype(t.input.dtype)
+        hidden = max(t.input.shape[1], 0 if t.teacher_input is None else t.teacher_input.shape[1])
+        self.copies = _copies_target(tensors, self.dtype)
+        self.chunk = self._choose(hidden, tiles)
+        if self.tiled and work.spec.dense_kind == DENSE_LOGITS and not self.copies:
+            self.copies = True  # tiles of teacher logits become probabilities in place
+            self.chunk = self._choose(hidden, tiles)
+        size = self.chunk.rows * self.chunk.classes
+        self.buffer = t.input.new_empty((size,), dtype=self.dtype)
+        self.dense = t.input.new_empty((size,), dtype=self.dtype) if self.copies else None
+        tile = weight_tile(hidden, work.budget)
+        self.student = Map(t.input, t.linear_weight, t.linear_bias, t.rows, needs[:3], tile)
+        self.teacher: Map | None = None
+        if t.teacher_input is not None:
+            assert t.teacher_weight is not None
+            self.teacher = Map(t.teacher_input, t.teacher_weight, t.teacher_bias, t.target_rows, needs[8:11], tile)
+        self.teacher_lse: Tensor | None = None  # of the block's rows, where its logits come in tiles
+
+    def _choose(self, hidden: int, tiles: bool) -> Chunking:
+        t = self.tensors
+        gathered = t.rows is not None or t.target_rows is not None
+        cost = costs(hidden, t.input.dtype, self.dtype, copies=self.copies, gathered=gathered)
+        return choose(t.row_count, t.classes, cost, self.work.budget, t.input.device.type, tiles=tiles)
+
+    @property
+    def tiled(self) -> bool:
+        return self.chunk.classes < self.tensors.classes
+
+    def rows(self) -> Iterator[tuple[int, int]]:
+        """Go through the blocks of rows."""
+        for a, b in blocks(self.tensors.row_count, self.chunk.rows):
+            self.a, self.b = a, b
+            self.student.take(a, b)
+            if self.teacher is not None:
+                self.teacher.take(a, b)
+            if self.tiled and self.work.spec.dense_kind == DENSE_LOGITS:
+                self.teacher_lse = None
+                self.teacher_lse = self._teacher_lse()
+            yield a, b
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        """The tiles of the classes; one, if a block holds them all."""
+        yield from blocks(self.tensors.classes, self.chunk.classes)
+
+    def logits(self, lo: int, hi: int) -> Tensor:
+        """The logits of the block's rows for the classes ``lo`` to ``hi``."""
+        out = self.buffer[: (self.b - self.a) * (hi - lo)].view(self.b - self.a, hi - lo)
+        self.student.product(lo, hi, out)
+        return out
+
+    def call(self, lo: int, hi: int) -> Call:
+        """The block's target for the classes ``lo`` to ``hi``."""
+        t, work = self.tensors, self.work
+        per_row = [None if x is None else x[self.a : self.b] for x in (t.index, t.value, t.rest)]
+        spec = work.spec
+        dense = None
+        if t.index is None:
+            dense = self._dense(lo, hi)
+            if self.teacher_lse is not None:  # a tile's softmax would be over the tile
+                dense = dense.div_(spec.dense_temperature).sub_(self.teacher_lse[:, None]).exp_()
+                spec = spec._replace(dense_kind=DENSE_PROBS)
+        call = Call(KernelTarget(*per_row, dense, t.weight), work.ignore_index, spec)
+        return linear_rows.tile_of(call, lo, hi, self.acc) if self.tiled else call
+
+    def _dense(self, lo: int, hi: int) -> Tensor:
+        """Dense target values as they are where the kernels can read them, else in the second buffer."""
+        t = self.tensors
+        if not self.copies:
+            assert t.dense is not None
+            return t.dense[self.a : self.b, lo:hi]
+        assert self.dense is not None
+        out = self.dense[: (self.b - self.a) * (hi - lo)].view(self.b - self.a, hi - lo)
+        if self.teacher is not None:
+            self.teacher.product(lo, hi, out)
+        else:
+            assert t.dense is not None
+            part = t.dense[:, lo:hi]
+            if t.target_rows is None:
+                out.copy_(part[self.a : self.b])
+            elif part.dtype == out.dtype:
+                torch.index_select(part, 0, t.target_rows[self.a : self.b], out=out)
+            else:
+                out.copy_(part.index_select(0, t.target_rows[self.a : self.b]))
+        return out
+
+    def _teacher_lse(self) -> Tensor:
+        temperature = self.work.spec.dense_temperature
+        parts = [linear_rows.row_lse(self._dense(lo, hi), temperature, self.work.kernel) for lo, hi in self.tiles()]
+        return torch.logsumexp(torch.stack(parts), 0)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """What the maps collected, in the order of :class:`Tensors`."""
+        teacher = (None,) * 3 if self.teacher is None else self.teacher.finish()
+        return (*self.student.finish(), *(None,) * 5, *teacher, None, None)
+
+
+def _copies_target(t: Tensors, work: torch.dtype) -> bool:
+    """Whether a dense target goes through a buffer of the chunk's size."""
+    if t.index is not None:
+        return False
+    if t.dense is None or t.target_rows is not None or t.dense.dtype != work:
+        return True
+    return t.dense.stride(1) != 1 or (t.input.device.type != "cpu" and t.dense.stride(0) == 0)
+
+
+def stats(tensors: Tensors, work: Work, extras: bool) -> Tensor:
+    """``(STATS or STATS_EXTRA, R)`` statistics of the rows, as ``softce::row_stats`` gives them."""
+    kept = keep_rows(tensors, work.ignore_index)
+    loop = Loop(kept.tensors, work)
+    found = _stats(loop, extras)
+    return kept.spread(found, tensors.row_count)
+
+
+def _stats(loop: Loop, extras: bool) -> Tensor:
+    t = loop.tensors
+    shape = (ops.STATS_EXTRA if extras else ops.STATS, t.row_count)
+    found = t.input.new_empty(shape, dtype=loop.acc)
+    for a, b in loop.rows():
+        found[:, a:b] = _tile_stats(loop, extras, a, b) if loop.tiled else _row_stats(loop, extras)
+    return found
+
+
+def _row_stats(loop: Loop, extras: bool) -> Tensor:
+    classes = loop.tensors.classes
+    return linear_rows.row_stats(loop.logits(0, classes), loop.call(0, classes), extras, loop.work.kernel)
+
+
+def _tile_stats(loop: Loop, extras: bool, a: int, b: int) -> Tensor:
+    t, work = loop.tensors, loop.work
+    target = KernelTarget(*(None if x is None else x[a:b] for x in t.sparse[:3]), None, t.weight)
+    sums = linear_rows.TileSums(Call(target, work.ignore_index, work.spec), extras, work.kernel)
+    for lo, hi in loop.tiles():
+        sums.add(loop.logits(lo, hi), loop.call(lo, hi), lo)
+    return sums.finish(counts(target, work.ignore_index, t.input.new_empty(b - a, dtype=loop.acc)))
+
+
+def gradients(
+    tensors: Tensors, work: Work, found: Tensor, grad: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the statistics ``found`` with the gradients ``grad``: one for each of :class:`Tensors` in ``needs``.
+
+    The logits are computed again. Gradients of targets come from the plain formula, a chunk of rows at a time.
+    """
+    kept = keep_rows(tensors, work.ignore_index)
+    found, grad = kept.select(found), kept.select(grad.to(found.dtype))  # type: ignore[assignment]
+    call = Call(tensors.sparse, work.ignore_index, work.spec)
+    extras = found.shape[0] > ops.STATS
+    by_formula = any(needs[3:]) or (extras and not linear_rows.plain_target(call))
+    loop = Loop(kept.tensors, work, needs, tiles=not by_formula)
+    if by_formula:
+        return _formula_gradients(loop, kept, tensors, grad, needs, extras)
+    coef = autograd._row_coefficients(found, grad, work.spec)
+    _add_gradients(loop, found[LSE], coef)
+    return loop.gradients()
+
+
+def _add_gradients(loop: Loop, lse: Tensor, coef: Tensor) -> None:
+    for a, b in loop.rows():
+        row_lse, row_coef = lse[a:b].contiguous(), coef[:, a:b].contiguous()
+        for lo, hi in loop.tiles():
+            logits = loop.logits(lo, hi)
+            linear_rows.row_grad_(logits, row_lse, row_coef, loop.call(lo, hi), loop.work.kernel)
+            loop.student.add(lo, hi, logits)
+
+
+def _formula_gradients(
+    loop: Loop, kept: Kept, tensors: Tensors, grad: Tensor, needs: tuple[bool, ...], extras: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients that no kernel gives: those of targets, and of a log-probability beside smoothing or weights."""
+    t, classes = loop.tensors, loop.tensors.classes
+    dense_wanted = needs[6] or any(needs[8:11])
+    wanted = (any(needs[:3]), False, needs[4], needs[5], dense_wanted, needs[7])
+    totals: list[Tensor | None] = [
+        torch.zeros_like(x, dtype=loop.acc) if 4 <= i <= 7 and needs[i] and x is not None else None
+        for i, x in enumerate(tensors)
+    ]
+    parts: dict[int, list[Tensor]] = {4: [], 5: []}
+    for a, b in loop.rows():
+        logits, call = loop.logits(0, classes), loop.call(0, classes)
+        dlogits, _, dvalue, drest, ddense, dweight = autograd._reference_vjp(logits, call, grad[:, a:b], wanted, extras)
+        if dlogits is not None:
+            loop.student.add(0, classes, dlogits)
+        for field, part in ((4, dvalue), (5, drest)):
+            if part is not None:
+                parts[field].append(part)
+        if ddense is not None and loop.teacher is not None:
+            loop.teacher.add(0, classes, ddense)
+        elif ddense is not None:
+            where = slice(a, b) if t.target_rows is None else t.target_rows[a:b]
+            totals[6][where] = ddense.to(loop.acc)  # type: ignore[index]
+        if dweight is not None:
+            totals[7] += dweight  # type: ignore[operator]
+    for field, found in parts.items():
+        total = totals[field]
+        if total is not None and found:
+            joined = torch.cat(found)
+            totals[field] = joined if kept.positions is None else total.index_copy_(0, kept.positions, joined)
+    maps = loop.gradients()
+    return tuple((maps[i] if maps[i] is not None else totals[i]) if needs[i] else None for i in range(len(needs)))
+
+
+class Fused(NamedTuple):
+    """A reduced loss with its gradients, which are for an upstream gradient of 1."""
+
+    loss: Tensor
+    stats: Tensor
+    dinput: Tensor | None  # in the accumulation dtype, as the next two
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+
+def fused(
+    tensors: Tensors, work: Work, row_weight: Tensor | None, mean: bool, extras: bool, needs: tuple[bool, bool, bool]
+) -> Fused:
+    """Loss and gradients in one go; ``row_weight`` is ``(R,)``, ``needs`` says for which of input, weight and bias."""
+    kept = keep_rows(tensors, work.ignore_index)
+    loop = Loop(kept.tensors, work, (*needs, *(False,) * 10))
+    spec = work.spec
+    weights = kept.select(row_weight)
+    if loop.tiled:
+        found = _stats(loop, extras)
+        slope = _slope(found, weights, mean, spec)
+        _add_gradients(loop, found[LSE], autograd._row_coefficients(found[: ops.STATS], slope, spec))
+    else:
+        found = _fused_rows(loop, weights, mean, extras)
+    loss = _reduce(found, weights, mean, spec)
+    return Fused(loss, kept.spread(found, tensors.row_count), *loop.student.finish())
+
+
+def _reduce(found: Tensor, weights: Tensor | None, mean: bool, spec: Spec) -> Tensor:
+    return reduce_rows(
+        found[LOSS],
+        found[COUNT],
+        phi=phi_of(spec),
+        row_weight=weights,
+        reduction="mean" if mean else "sum",
+        scale=spec.scale,
+        empty_zero=bool(spec.empty_zero),
+    )
+
+
+def _slope(found: Tensor, weights: Tensor | None, mean: bool, spec: Spec) -> Tensor:
+    """The gradient of the reduced loss for the statistics."""
+    with torch.enable_grad():
+        leaf = found[: ops.STATS].detach().requires_grad_()
+        (slope,) = torch.autograd.grad(_reduce(leaf, weights, mean, spec), leaf)
+    return slope
+
+
+def _fused_rows(loop: Loop, weights: Tensor | None, mean: bool, extras: bool) -> Tensor:
+    t, work = loop.tensors, loop.work
+    found = t.input.new_empty((ops.STATS_EXTRA if extras else ops.STATS, t.row_count), dtype=loop.acc)
+    classes = t.classes
+    # The kernel sums the chunk; what a mean divides by goes into the row weights.
+    factor = _row_factor(t, work, weights, mean, loop.acc)
+    spec = work.spec._replace(scale=1.0)
+    for a, b in loop.rows():
+        logits, call = loop.logits(0, classes), loop.call(0, classes)._replace(spec=spec)
+        if work.kernel:
+            arguments = (*call.target, factor[a:b].contiguous(), call.ignore_index, spec, False, extras)
+            _, found[:, a:b] = ops.row_fused_(logits, *arguments)
+        else:
+            rows = linear_rows.row_stats(logits, call, extras, False)
+            coef = autograd._row_coefficients(rows[: ops.STATS], _slope(rows, factor[a:b], False, spec), spec)
+            linear_rows.row_grad_(logits, rows[LSE], coef, call, False)
+            found[:, a:b] = rows
+        loop.student.add(0, classes, logits)
+    return found
+
+
+def _row_factor(t: Tensors, work: Work, weights: Tensor | None, mean: bool, acc: torch.dtype) -> Tensor:
+    """``(R,)``: what the row losses are multiplied with before they are summed."""
+    factor = t.input.new_full((t.row_count,), work.spec.scale, dtype=acc) if weights is None else weights * work.spec.scale
+    if not mean:
+        return factor
+    count = counts(t.sparse, work.ignore_index, factor)
+    total = (count if weights is None else count * weights).sum()
+    factor = factor / total
+    return torch.where(total == 0, 0.0, factor) if work.spec.empty_zero else factor

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Gradients of the chunk loop, and its operators for compiled graphs.
+
+As at the logits level (:mod:`softce.autograd`) two ways lead through a loss: ``fused_loss``, whose gradients are ready
+when forward returns, and ``linear_stats``, whose backward computes the logits again. The plain formula, which holds
+the logits, stands in for what neither gives: second derivatives, forward mode, ``torch.func`` transforms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import linear, ops, reference
+from .autograd import transform_active
+from .linear import Tensors, Work
+from .ops import COUNT, LOSS, KernelTarget, Spec, acc_dtype
+from .reduction import reduce_rows
+from .row_losses import phi_of
+
+_N = len(Tensors._fields)
+
+
+def formula_stats(tensors: Tensors, ignore_index: int, spec: Spec, extras: bool) -> Tensor:
+    """The statistics in plain PyTorch, differentiable any number of times. Holds the logits."""
+    t = tensors
+    acc = acc_dtype(t.input.dtype)
+
+    def linear_map(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
+        x = x if rows is None else x.index_select(0, rows)
+        return F.linear(x.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
+
+    x, rows = t.input, t.rows
+    if t.index is not None:  # what an ignored row holds must not reach the gradients
+        x = x if rows is None else x.index_select(0, rows)
+        x, rows = torch.where((t.index != ignore_index).any(1)[:, None], x, 0.0), None
+    dense = t.dense if t.dense is None or t.target_rows is None else t.dense.index_select(0, t.target_rows)
+    if t.teacher_input is not None:
+        assert t.teacher_weight is not None
+        dense = linear_map(t.teacher_input, t.teacher_weight, t.teacher_bias, t.target_rows)
+    target = KernelTarget(t.index, t.value, t.rest, dense, t.weight)
+    with torch.autocast(x.device.type, enabled=False):
+        logits = linear_map(x, t.linear_weight, t.linear_bias, rows)
+        return reference.row_stats(logits, target, ignore_index, spec, extras)
+
+
+def _formula_vjp(
+    tensors: Tensors, work: Work, extras: bool, grad: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the statistics by the formula, themselves differentiable where grad mode is on."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [None if x is None else x.view_as(x) if create_graph else x.detach() for x in tensors]
+        wanted = [x for x, need in zip(aliases, needs, strict=True) if need and x is not None]
+        for x in wanted:
+            if not x.requires_grad:
+                x.requires_grad_()
+        stats = formula_stats(Tensors(*aliases), work.ignore_index, work.spec, extras)  # type: ignore[arg-type]
+        found = iter(torch.autograd.grad(stats, wanted, grad, create_graph=create_graph, allow_unused=True))
+    return tuple(next(found) if need and x is not None else None for x, need in zip(aliases, needs, strict=True))
+
+
+def _stats_vjp(
+    tensors: Tensors, work: Work, stats: Tensor, grad: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the statistics for each of the tensors, in their dtypes."""
+    if torch.is_grad_enabled() or transform_active():
+        return _formula_vjp(tensors, work, stats.shape[0] > ops.STATS, grad, needs)
+    found = iter(torch.ops.softce.linear_gradients(*tensors, *_packed(work), stats, grad, needs))
+    return tuple(next(found) if need else None for need in needs)
+
+
+def _packed(work: Work) -> tuple[int, Spec, int | None, bool]:
+    return work.ignore_index, work.spec, work.budget, work.kernel
+
+
+# ---- operators: what a compiled graph calls ----
+
+_TENSORS = "Tensor input, Tensor linear_weight, " + ", ".join(f"Tensor? {name}" for name in Tensors._fields[2:])
+_CALL = f"{_TENSORS}, int ignore_index, float[] spec, int? budget, bool kernel"
+
+SCHEMAS = (
+    f"linear_stats({_CALL}, bool extras) -> Tensor",
+    f"linear_gradients({_CALL}, Tensor stats, Tensor grad, bool[] needs) -> Tensor[]",
+    f"linear_fused({_CALL}, Tensor? row_weight, bool mean, bool[] needs) -> "
+    "(Tensor loss, Tensor stats, Tensor dinput, Tensor dweight, Tensor dbias)",
+)
+for _schema in SCHEMAS:
+    ops._library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _unpack(args: tuple[Any, ...]) -> tuple[Tensors, Work, tuple[Any, ...]]:
+    ignore_index, spec, budget, kernel = args[_N : _N + 4]
+    return Tensors(*args[:_N]), Work(ignore_index, Spec(*spec), budget, kernel), args[_N + 4 :]
+
+
+def _run_stats(*args: Any) -> Tensor:
+    tensors, work, (extras,) = _unpack(args)
+    with torch.no_grad(), torch.autocast(tensors.input.device.type, enabled=False):
+        return linear.stats(tensors, work, extras)
+
+
+def _run_gradients(*args: Any) -> list[Tensor]:
+    tensors, work, (stats, grad, needs) = _unpack(args)
+    with torch.no_grad(), torch.autocast(tensors.input.device.type, enabled=False):
+        found = linear.gradients(tensors, work, stats, grad, tuple(needs))
+    return [g.to(x.dtype) for g, x in zip(found, tensors, strict=True) if g is not None and x is not None]
+
+
+def _run_fused(*args: Any) -> tuple[Tensor, ...]:
+    tensors, work, (row_weight, mean, needs) = _unpack(args)
+    with torch.no_grad(), torch.autocast(tensors.input.device.type, enabled=False):
+        loss, stats, *grads = linear.fused(tensors, work, row_weight, mean, False, tuple(needs))
+    return loss, stats, *(loss.new_empty(0) if g is None else g for g in grads)
+
+
+def _fake_stats(*args: Any) -> Tensor:
+    tensors, _, (extras,) = _unpack(args)
+    shape = (ops.STATS_EXTRA if extras else ops.STATS, tensors.row_count)
+    return tensors.input.new_empty(shape, dtype=acc_dtype(tensors.input.dtype))
+
+
+def _fake_gradients(*args: Any) -> list[Tensor]:
+    tensors, _, (_, _, needs) = _unpack(args)
+    return [x.new_empty(x.shape) for x, need in zip(tensors, needs, strict=True) if need and x is not None]
+
+
+def _fake_fused(*args: Any) -> tuple[Tensor, ...]:
+    tensors, _, (_, _, needs) = _unpack(args)
+    acc = acc_dtype(tensors.input.dtype)
+    weight = tensors.linear_weight
+    shapes = (tensors.input.shape, weight.shape, weight.shape[:1])
+    grads = [weight.new_empty(s if need else (0,), dtype=acc) for s, need in zip(shapes, needs, strict=True)]
+    loss = weight.new_empty((), dtype=acc)
+    return loss, weight.new_empty((ops.STATS, tensors.row_count), dtype=acc), *grads
+
+
+for _name, _run, _fake in (
+    ("linear_stats", _run_stats, _fake_stats),
+    ("linear_gradients", _run_gradients, _fake_gradients),
+    ("linear_fused", _run_fused, _fake_fused),
+):
+    ops._library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"softce::{_name}", _fake, lib=ops._library)
+
+
+def _save(ctx: Any, args: tuple[Any, ...], *more: Tensor | None) -> tuple[Any, ...]:
+    tensors, ctx.work, rest = _unpack(args)
+    ctx.save_for_backward(*tensors, *more)
+    return rest
+
+
+def _setup_stats(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save(ctx, inputs, output)
+
+
+def _backward_stats(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *tensors, stats = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:_N]
+    return (*_stats_vjp(Tensors(*tensors), ctx.work, stats, grad, needs), *(None,) * 5)
+
+
+def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, stats, *grads = output
+    row_weight, mean, needs = _unpack(inputs)[2]
+    _save(ctx, inputs, row_weight, stats, *grads)
+    ctx.mean, ctx.needs = mean, needs
+
+
+def _backward_fused(ctx: Any, g_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+    *tensors, row_weight, stats, dinput, dweight, dbias = ctx.saved_tensors
+    t = Tensors(*tensors)
+    if torch.is_grad_enabled():
+        grads = _again(t, ctx.work, row_weight, ctx.mean, stats, g_loss, None, tuple(ctx.needs))
+    else:
+        found = zip((dinput, dweight, dbias), (t.input, t.linear_weight, t.linear_bias), ctx.needs, strict=True)
+        grads = tuple((g * g_loss).to(x.dtype) if need and x is not None else None for g, x, need in found)
+    return (*grads, *(None,) * (_N + 4))
+
+
+torch.library.register_autograd("softce::linear_stats", _backward_stats, setup_context=_setup_stats)
+torch.library.register_autograd("softce::linear_fused", _backward_fused, setup_context=_setup_fused)
+
+
+# ---- the eager way: gradients are handed on without a copy ----
+
+
+def _again(
+    tensors: Tensors,
+    work: Work,
+    row_weight: Tensor | None,
+    mean: bool,
+    saved: Tensor,
+    g_loss: Tensor | None,
+    g_stats: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients from the saved inputs: a second backward, ``create_graph``, or gradients of the statistics."""
+    create_graph, extras = torch.is_grad_enabled(), saved.shape[0] > ops.STATS
+    every = (*needs, *(False,) * (_N - 3))
+    with torch.enable_grad():
+        if create_graph:
+            aliases = Tensors(*(None if x is None else x.view_as(x) for x in tensors))  # type: ignore[arg-type]
+            source = stats = formula_stats(aliases, work.ignore_index, work.spec, extras)
+        else:
+            source = stats = saved.detach().requires_grad_()
+        loss = reduce_rows(
+            stats[LOSS],
+            stats[COUNT],
+            phi=phi_of(work.spec),
+            row_weight=row_weight,
+            reduction="mean" if mean else "sum",
+            scale=work.spec.scale,
+            empty_zero=bool(work.spec.empty_zero),
+        )
+        pairs = [(out, g) for out, g in ((loss, g_loss), (stats, g_stats)) if g is not None]
+        outputs, grads = zip(*pairs, strict=True)
+        if create_graph:
+            wanted = [x for x, need in zip(aliases, every, strict=True) if need]
+            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+            return tuple(next(found) if need else None for need in needs)
+        (grad,) = torch.autograd.grad(outputs, source, grads)
+    return _stats_vjp(tensors, work, saved, grad, every)[:3]
+
+
+class _Fused(torch.autograd.Function):
+    """The reduced loss; the gradients of input, weight and bias are ready when forward returns."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        rest: tuple[Tensor | None, ...],
+        work: Work,
+        row_weight: Tensor | None,
+        mean: bool,
+        extras: bool,
+    ) -> tuple[Tensor, Tensor]:
+        tensors = Tensors(input, linear_weight, linear_bias, *rest)
+        needs = ctx.needs_input_grad[:3]
+        with torch.autocast(input.device.type, enabled=False):
+            loss, stats, *ctx.grads = linear.fused(tensors, work, row_weight, mean, extras, needs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, row_weight, stats)
+        ctx.work, ctx.mean = work, mean
+        if not extras:
+            ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        grads, ctx.grads = ctx.grads, None
+        *tensors, row_weight, stats = ctx.saved_tensors
+        t = Tensors(*tensors)
+        found: tuple[Tensor | None, ...] = (None,) * 3
+        if g_loss is not None and g_stats is None and grads is not None and not torch.is_grad_enabled():
+            found = tuple(_scaled(g, g_loss, x) for g, x in zip(grads, t, strict=False))
+        elif g_loss is not None or g_stats is not None:
+            needs = ctx.needs_input_grad[:3]
+            found = _again(t, ctx.work, row_weight, ctx.mean, stats, g_loss, g_stats, needs)
+        return (*found, *(None,) * 5)
+
+
+def _scaled(grad: Tensor | None, factor: Tensor, like: Tensor | None) -> Tensor | None:
+    """``grad * factor`` in the dtype of ``like``, over ``grad`` if that is its dtype. Rounds once."""
+    if grad is None or like is None:
+        return None
+    if grad.dtype != like.dtype:
+        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=like.dtype))
+    if grad.device.type == "cpu" and factor.item() == 1.0:
+        return grad
+    return grad.mul_(factor)
+
+
+def fused_loss(
+    tensors: Tensors, work: Work, row_weight: Tensor | None, mean: bool, extras: bool
+) -> tuple[Tensor, Tensor]:
+    """Reduced loss and statistics of an eager call; the gradients are computed in the same go."""
+    loss, stats = _Fused.apply(*tensors[:3], tensors[3:], work, row_weight, mean, extras)
+    return loss, stats
+
+
+def compiled_loss(
+    tensors: Tensors, work: Work, row_weight: Tensor | None, mean: bool, needs: tuple[bool, bool, bool]
+) -> Tensor:
+    """The reduced loss of a traced call, gradients computed in the same go."""
+    loss: Tensor = torch.ops.softce.linear_fused(*tensors, *_packed(work), row_weight, mean, needs)[0]
+    return loss
+
+
+def stats(tensors: Tensors, work: Work, extras: bool) -> Tensor:
+    """Differentiable statistics of the rows, ``(STATS or STATS_EXTRA, R)``."""
+    found: Tensor = torch.ops.softce.linear_stats(*tensors, *_packed(work), extras)
+    return found

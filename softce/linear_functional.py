@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The fused linear losses: argument checks, the way to the chunk loop, and the reduction."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .functional import Stats, _check_types, cross_entropy
+from .linear_call import LinearMap, Rows, autocast, loss_of
+from .linear_plan import Plan, check_budget, plan_of, work_dtype
+from .linear_targets import LinearTeacher, as_form, check_linear
+from .options import DEFAULT, Options
+from .row_losses import RowLoss
+from .targets import ClassProbabilities, Target, Teacher
+
+
+class LogProbs(NamedTuple):
+    """What :func:`linear_logprobs` returns, each of the index's shape; 0 where the row is ignored.
+
+    Attributes:
+        log_prob: ``log p[index]``.
+        entropy: ``-sum_c p_c log p_c`` in nats.
+    """
+
+    log_prob: Tensor
+    entropy: Tensor
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | Target,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    shift: bool = False,
+    smoothing: str = "uniform",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    row_loss: RowLoss | Callable[[Tensor], Tensor] | None = None,
+    row_weight: Tensor | None = None,
+    loss_dtype: torch.dtype | None = None,
+    empty: str = "nan",
+    return_stats: bool = False,
+    options: Options | None = None,
+) -> Tensor | tuple[Tensor, Stats]:
+    r"""``cross_entropy(linear(input, linear_weight, linear_bias), target, ..)`` without ever holding the logits.
+
+    The logits are computed a chunk at a time into one buffer, become their own gradient there, and the gradients of
+    input, weight and bias are taken from it. Arguments that are not listed here are those of
+    :func:`softce.cross_entropy`; the method is described in ``docs/linear.md``.
+
+    Args:
+        input: ``(..., H)``: hidden states, any number of dimensions.
+        linear_weight: ``(V, H)`` in the input's dtype. ``(V, d1, .., H)`` gives logits ``(N, V, d1, ..)`` as in torch;
+            they are computed as a whole.
+        target: class indices ``(...)``, class probabilities ``(..., V)``, a form of :mod:`softce.targets` with that row
+            shape (``Teacher.logits``: ``(..., V)``), or :class:`softce.LinearTeacher`.
+        linear_bias: ``(V,)``.
+        weight: ``(V,)`` class weights.
+        ignore_index: rows of this class are dropped before the first matrix product; ``None`` is -100.
+        shift: a causal language model's loss: ``input[..., t, :]`` is held against ``target[..., t + 1]``. Input and
+            target (and ``row_weight``, which may also have the shape of the result) have one row shape ``(..., T)``;
+            per-row results have ``(..., T - 1)``. Nothing of the input's size is copied.
+        row_weight: one weight a row, of the target's row shape.
+        options: :class:`softce.Options`; ``memory_budget`` bounds the buffers in bytes and ``backend="reference"``
+            is the plain formula, which holds the logits. Second derivatives, forward-mode AD and ``torch.func``
+            transforms take that formula too.
+
+    Returns:
+        The loss, a scalar or the row shape with ``reduction="none"``; with ``return_stats`` also :class:`softce.Stats`.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit, and what :func:`softce.cross_entropy` raises it for.
+        ValueError: row shapes with different first dimensions, a memory budget below one row of logits, ``shift``
+            without a sequence dimension, and what :func:`softce.cross_entropy` raises it for.
+        IndexError: a class out of range.
+        TypeError: an argument of a wrong type.
+
+    All are raised before anything is computed.
+    """
+    if reduction not in ("mean", "none", "sum"):
+        raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
+    options = _options(options)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    check_linear("", "input", input, linear_weight, linear_bias)
+    _check_types(weight, ignore_index, label_smoothing)
+    map = LinearMap(*autocast(input, linear_weight, linear_bias))
+    map.check_dtypes()
+    settings = (float(label_smoothing), smoothing, temperature, softcap or 0.0, z_loss, empty)
+    extras: dict[str, Any] = {"row_loss": row_loss, "loss_dtype": loss_dtype, "return_stats": return_stats}
+    if linear_weight.dim() > 2:
+        if shift:
+            raise ValueError(f"shift=True needs linear_weight of shape (V, H), got {list(linear_weight.shape)}")
+        names = ("label_smoothing", "smoothing", "temperature", "softcap", "z_loss", "empty")
+        extras.update(zip(names, settings, strict=True))
+        extras.update(weight=weight, reduction=reduction, ignore_index=ignore_index, row_weight=row_weight)
+        return _unfused(map, target, options, extras)
+    check_budget(
+        options.memory_budget, linear_weight.shape[0], work_dtype(map.input.dtype, map.input.device.type)
+    )
+    rows = Rows(map.input, shift)
+    form = rows.form(target, linear_weight.shape[0], weight, ignore_index)
+    if options.validate:
+        form.check_values()
+    rows.check_row_weight(row_weight)
+    return loss_of(map, form, rows, weight, ignore_index, reduction, row_weight, options, settings, **extras)
+
+
+def linear_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    index: Tensor,
+    temperature: float = 1.0,
+    linear_bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: bool = False,
+    options: Options | None = None,
+) -> LogProbs:
+    """Log-probability of one class a row, and the entropy of the row, without ever holding the logits.
+
+    With ``y = (input W^T + b) / temperature`` and ``p = softmax(y)``: ``log p[index]`` and ``-sum_c p_c log p_c``, as
+    policy-gradient methods need them. Both are differentiable for input, weight and bias; backward computes the logits
+    a second time.
+
+    Args:
+        input: ``(..., H)``.
+        linear_weight: ``(V, H)``.
+        index: int64 ``(...)``, the class of each row.
+        temperature: divides the logits; positive.
+        linear_bias: ``(V,)``.
+        ignore_index: rows of this class are not computed; both results are 0 there.
+        softcap, shift, options: as for :func:`linear_cross_entropy`.
+
+    Returns:
+        :class:`LogProbs`, float32 (float64 for float64 input).
+
+    Raises:
+        RuntimeError, ValueError, IndexError, TypeError: as :func:`linear_cross_entropy`.
+    """
+    if not isinstance(index, Tensor):
+        raise TypeError(f"linear_logprobs: index must be Tensor, not {type(index).__name__}")
+    if index.is_floating_point():
+        raise RuntimeError(f"linear_logprobs: expected index of dtype torch.int64, got {index.dtype}")
+    _, stats = linear_cross_entropy(
+        input,
+        linear_weight,
+        index,
+        linear_bias=linear_bias,
+        reduction="none",
+        ignore_index=ignore_index,
+        temperature=temperature,
+        softcap=softcap,
+        shift=shift,
+        return_stats=True,
+        options=options,
+    )
+    return LogProbs(stats.target_log_prob, stats.entropy)
+
+
+def _options(options: Options | None) -> Options:
+    if options is None:
+        return DEFAULT
+    if not isinstance(options, Options):
+        raise TypeError(f"options must be softce.Options, not {type(options).__name__}")
+    return options
+
+
+def _unfused(
+    map: LinearMap, target: Tensor | Target, options: Options, arguments: dict[str, Any]
+) -> Tensor | tuple[Tensor, Stats]:
+    """K-dimensional logits, whose classes are not the products of one row: computed as a whole."""
+    input, weight, bias = map
+    if input.dim() not in (1, 2):
+        raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
+    if input.dim() == 1:
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {tuple(weight.shape)} requires batched input, (N, "
+            f"{input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
+        )
+    if isinstance(target, LinearTeacher):
+        raise RuntimeError("LinearTeacher needs linear_weight of shape (V, H); pass softce.Teacher with logits")
+    if options.explain:
+        warnings.warn(
+            f"softce: linear_weight of shape {list(weight.shape)} has logits of several dimensions: they are computed as "
+            "a whole",
+            stacklevel=3,
+        )
+    flat_bias = None if bias is None else bias.reshape(-1)
+    logits = F.linear(input, weight.reshape(-1, weight.shape[-1]), flat_bias)
+    logits = logits.reshape(input.shape[0], *weight.shape[:-1])
+    return cross_entropy(logits, target, options=options, **arguments)
+
+
+def plan(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | Target | None = None,
+    *,
+    reduction: str = "mean",
+    shift: bool = False,
+    device: torch.device | str | None = None,
+    options: Options | None = None,
+) -> Plan:
+    """What :func:`linear_cross_entropy` would do with these arguments: chunk, memory, matrix products.
+
+    Computes nothing; tensors on the ``meta`` device will do. Ignored rows are not known here, so the figures are those
+    of a call without any.
+
+    Args:
+        input: ``(..., H)``; its dtype, and whether it and the weight require grad, count. Without any that does, both
+            are taken to.
+        linear_weight: ``(V, H)``.
+        target: as for the loss; ``None``: class indices.
+        reduction, shift, options: as for the loss.
+        device: the device meant; default: the input's, ``cpu`` for ``meta``.
+
+    Raises:
+        RuntimeError: shapes that do not fit.
+        ValueError: a memory budget below one row of logits.
+    """
+    options = _options(options)
+    check_linear("", "input", input, linear_weight, None)
+    if linear_weight.dim() != 2:
+        raise RuntimeError(f"plan: expected linear_weight of shape (V, H), got {list(linear_weight.shape)}")
+    kind = torch.device(device).type if device is not None else input.device.type
+    kind = "cpu" if kind == "meta" else kind
+    rows = Rows(input, shift)
+    form = None if target is None else as_form(target, rows.given, linear_weight.shape[0])
+    mapped = isinstance(rows.input_rows(), Tensor)
+    dense = form.prob if isinstance(form, ClassProbabilities) else form.logits if isinstance(form, Teacher) else None
+    teacher = isinstance(form, LinearTeacher)
+    copies = teacher or (dense is not None and (mapped or dense.dtype != work_dtype(input.dtype, kind)))
+    return plan_of(
+        input,
+        linear_weight,
+        math.prod(rows.shape),
+        options.memory_budget,
+        kind,
+        copies=copies,
+        gathered=mapped,
+        teacher=teacher,
+        fused=reduction != "none",
+    )
