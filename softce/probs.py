@@ -9,14 +9,18 @@ from torch import Tensor
 EPSILON = 1e-7
 
 
-def log_probabilities(prob: Tensor, dim: int) -> Tensor:
-    """``log(clip(p / sum(p), EPSILON, 1 - EPSILON))`` along ``dim``, at least in float32.
+def clipped_probabilities(prob: Tensor, dim: int) -> Tensor:
+    """``clip(p / sum(p), EPSILON, 1 - EPSILON)`` along ``dim``, at least in float32.
 
-    The sum over the classes is divided out and what is left is clipped, so that no logarithm of 0 is taken; a value
-    that was clipped has no gradient. A row of zeros, which has no such quotient, gives ``log(EPSILON)`` everywhere.
-    Source: the ``from_logits=False`` way of Keras' cross-entropy losses.
+    Source: the ``from_logits=False`` way of Keras' cross-entropy losses. A value that was clipped has no gradient. A
+    row of zeros, which has no such quotient, gives ``EPSILON`` everywhere.
     """
     if prob.dtype in (torch.bfloat16, torch.float16):
         prob = prob.to(torch.float32)
     total = prob.sum(dim, keepdim=True)
-    return torch.log(torch.clamp(prob / torch.where(total == 0, 1.0, total), EPSILON, 1.0 - EPSILON))
+    return torch.clamp(prob / torch.where(total == 0, 1.0, total), EPSILON, 1.0 - EPSILON)
+
+
+def log_probabilities(prob: Tensor, dim: int) -> Tensor:
+    """The logarithm of :func:`clipped_probabilities`: finite whatever the probabilities are."""
+    return torch.log(clipped_probabilities(prob, dim))
