@@ -204,11 +204,11 @@ class _Fused(torch.autograd.Function):
             return _vjp_by_statistics(ctx, g_loss, g_stats), None
         assert g_loss is not None
         factor = g_loss.item() if dlogits is None or dlogits.device.type == "cpu" else None
-        if factor is not None and not _exact(factor, ctx.saved_tensors[0].dtype):
+        if factor is not None and factor != 1.0 and not _exact(factor, ctx.saved_tensors[0].dtype):
             return _vjp_by_statistics(ctx, g_loss, g_stats), None
         if dlogits is None:  # a second backward: the first one gave the gradient away
             logits, call, (row_weight, _) = _restore(ctx)
-            dlogits = ops.row_fused(logits, *call.target, row_weight, call.ignore_index, call.spec, ctx.mean, False)[1]
+            dlogits = ops.row_fused(logits, *call.target, row_weight, call.ignore_index, call.spec, ctx.mean, ctx.extras)[1]
         return dlogits if factor == 1.0 else dlogits.mul_(g_loss), None
 
 

@@ -19,11 +19,13 @@ SMALLEST = {dtype: torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps f
 ULPS = {torch.float64: 64, torch.float32: 8, torch.bfloat16: 32, torch.float16: 32}
 
 
-def assert_rounded_once(got: Tensor, want: Tensor, *, what: str = "", scale: float | None = None) -> None:
+def assert_rounded_once(
+    got: Tensor, want: Tensor, *, what: str = "", scale: float | None = None, logits_dtype: torch.dtype | None = None
+) -> None:
     """``got`` is ``want`` (float64) computed in the accumulation dtype and rounded once to its own dtype.
 
     Half an ulp of its own dtype at every element, plus ``ULPS`` of the accumulation dtype relative to ``scale`` or the
-    largest finite value of ``want``, whichever is larger. nan and inf must stand where they stand in ``want``.
+    largest finite value of ``want``, whichever is larger; those are ``ULPS[logits_dtype]``, by default of ``got``'s. nan and inf must stand where they stand in ``want``.
     """
     assert got.shape == want.shape, f"{what}: shape {list(got.shape)}, expected {list(want.shape)}"
     value, want = got.detach().cpu().double(), want.detach().cpu()
@@ -38,7 +40,7 @@ def assert_rounded_once(got: Tensor, want: Tensor, *, what: str = "", scale: flo
         return
     acc = torch.float64 if got.dtype == torch.float64 else torch.float32
     largest = max(scale or 0.0, float(want.abs().max()))
-    allowed = torch.full_like(want, ULPS[got.dtype] * EPS[acc] * largest)
+    allowed = torch.full_like(want, ULPS[logits_dtype or got.dtype] * EPS[acc] * largest)
     if got.dtype != acc:
         allowed = allowed + 0.5 * EPS[got.dtype] * (want.abs() + allowed) + SMALLEST[got.dtype]
     error = (value - want).abs()
