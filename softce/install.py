@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .dispatch import reasons_against_kernels
-from .functional import FLOATS, cross_entropy
+from .functional import cross_entropy
+from .settings import FLOATS
 from .options import Options
 
 _REDUCTIONS = ("none", "mean", "sum")

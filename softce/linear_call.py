@@ -13,7 +13,7 @@ from torch import Tensor
 from . import linear, linear_autograd, validate
 from .autograd import Call, transform_active
 from .dispatch import _PLAIN, _TRACED, is_plain, use_kernel
-from .functional import FLOATS, Stats, _cached_spec, _check_weight, _make_spec, _without_factor
+from .settings import FLOATS, Stats, cached_spec, check_weight, make_spec
 from .layout import Layout
 from .linear import Tensors, Work
 from .linear_plan import work_dtype
@@ -23,7 +23,7 @@ from .ops import CORRECT, COUNT, ENTROPY, LOSS, LSE, PHI_IDENTITY, TARGET_LOGP, 
 from .options import Options
 from .reduction import reduce_rows
 from .reference import valid_rows
-from .row_losses import RowLoss
+from .row_losses import RowLoss, without_factor
 from .target_rows import class_factor_rows, counts, target_entropy
 from .targets import ClassProbabilities, Form, Target, Teacher
 
@@ -76,7 +76,7 @@ class Rows:
         like = self.like.detach().new_empty(()).expand(*self.given[:1], classes, *self.given[1:])
         form.check(like, ignore_index)
         if weight is not None:
-            _check_weight(weight, like, form)
+            check_weight(weight, like, form)
         return form
 
     def check_row_weight(self, row_weight: Tensor | None) -> None:
@@ -206,7 +206,7 @@ def loss_of(
             )
     phi = row_loss if not isinstance(row_loss, RowLoss) else None
     e, smoothing, temperature, softcap, z_loss, empty = settings
-    make_spec = _make_spec if torch.compiler.is_compiling() else _cached_spec
+    make_spec = make_spec if torch.compiler.is_compiling() else cached_spec
     spec = make_spec(
         tensors.classes,
         e,
@@ -267,7 +267,7 @@ def loss_of(
         loss = reduce_rows(
             stats[LOSS] if offset is None else stats[LOSS] - offset,
             stats[COUNT],
-            phi=_without_factor(transform),
+            phi=without_factor(transform),
             valid=None if phi is None else valid_rows(call.target, call.ignore_index),
             **reduced,  # type: ignore[arg-type]
         )

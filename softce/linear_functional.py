@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import Stats, _check_types, cross_entropy
+from .functional import cross_entropy
+from .settings import Stats, check_types
 from .linear_call import LinearMap, Rows, autocast, loss_of
 from .linear_plan import Plan, check_budget, plan_of, work_dtype
 from .linear_targets import LinearTeacher, as_form, check_linear
@@ -95,7 +96,7 @@ def linear_cross_entropy(
     options = _options(options)
     ignore_index = -100 if ignore_index is None else ignore_index
     check_linear("", "input", input, linear_weight, linear_bias)
-    _check_types(weight, ignore_index, label_smoothing)
+    check_types(weight, ignore_index, label_smoothing)
     map = LinearMap(*autocast(input, linear_weight, linear_bias))
     map.check_dtypes()
     settings = (float(label_smoothing), smoothing, temperature, softcap or 0.0, z_loss, empty)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import Stats
+from .settings import Stats
 from .linear_functional import linear_cross_entropy
 from .modules import hold_extras, keyword_defaults
 from .targets import Target

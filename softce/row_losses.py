@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -187,3 +188,8 @@ def phi_of(spec: Spec) -> RowLoss | None:
         return None
     owner = {c.phi: c for c in (Focal, LabelRelaxation, GeneralizedCrossEntropy, Poly1)}[int(spec.phi)]
     return owner(spec.phi_p0)  # type: ignore[no-any-return,abstract]
+
+
+def without_factor(row_loss: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
+    """``row_loss`` without its constant factor, which ``Spec.scale`` holds; a callable of the user's as it is."""
+    return row_loss.unscaled() if isinstance(row_loss, RowLoss) else row_loss

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The loss of checked arguments: dtypes, layout, the choice of a way, and the reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference, validate
+from .autograd import Call, fused_loss, reraise, row_stats
+from .dispatch import is_plain, use_kernel
+from .layout import Layout, layout_of, per_row
+from .ops import CORRECT, COUNT, ENTROPY, LOSS, LSE, MASS, PHI_IDENTITY, TARGET_LOGP, KernelTarget, acc_dtype
+from .options import Options
+from .probs import log_probabilities
+from .reduction import reduce_rows
+from .row_losses import RowLoss, without_factor
+from .settings import FLOATS, Stats, cached_spec, make_spec
+from .target_rows import class_factor_rows, counts, target_entropy
+from .targets import ClassProbabilities, Target
+
+
+class Request(NamedTuple):
+    """What a caller of :func:`softce.cross_entropy` asked for besides logits, target and class weights."""
+
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    smoothing: str
+    temperature: float
+    softcap: float
+    z_loss: float
+    row_loss: RowLoss | Callable[[Tensor], Tensor] | None
+    row_weight: Tensor | None
+    from_probs: bool
+    loss_dtype: torch.dtype | None
+    empty: str
+    return_stats: bool
+    options: Options
+
+
+def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) -> Tensor | tuple[Tensor, Stats]:
+    """The loss of checked arguments."""
+    dtype = input.dtype
+    if dtype not in FLOATS:
+        raise NotImplementedError(f"cross_entropy: input must be float64, float32, bfloat16 or float16, got {dtype}")
+    promoted = form.dtype(input)
+    if weight is not None and isinstance(form, ClassProbabilities):
+        promoted = torch.promote_types(promoted, weight.dtype)
+    loss_dtype = ask.loss_dtype
+    if loss_dtype is None:
+        autocast = dtype is not torch.float32 and torch.is_autocast_enabled(input.device.type)
+        loss_dtype = torch.float32 if autocast and promoted is not torch.float64 else promoted
+    if promoted is torch.float64 and dtype is not torch.float64:
+        input = input.to(torch.float64)
+        dtype = torch.float64
+    if ask.from_probs:
+        input = log_probabilities(input, 1 if input.dim() > 1 else 0)
+        dtype = input.dtype
+
+    acc = acc_dtype(dtype)
+    layout = layout_of(input)
+    logits = layout.block(input)
+    target, dense_kind, dense_temperature, ignore_index, scale, divergence = form.kernel_form(
+        layout, acc, dtype, ask.ignore_index
+    )
+    if weight is not None:
+        target = target._replace(weight=weight.to(acc).contiguous())
+    row_loss, reduction = ask.row_loss, ask.reduction
+    rows = None if ask.row_weight is None else _row_weight(ask.row_weight, layout, acc)
+    class_factor = None
+    if isinstance(row_loss, RowLoss) and row_loss.class_factor is not None:
+        class_factor, row_loss = row_loss.class_factor, row_loss.unscaled()
+    known_row_loss = row_loss if isinstance(row_loss, RowLoss) else None
+    # A tracer would look through the cache and warn; it runs this once a graph anyway.
+    spec = (make_spec if torch.compiler.is_compiling() else cached_spec)(
+        layout.classes,
+        ask.label_smoothing,
+        ask.smoothing,
+        ask.temperature,
+        ask.softcap,
+        ask.z_loss,
+        known_row_loss,
+        dense_kind,
+        dense_temperature,
+        scale,
+        ask.empty,
+    )
+    call = Call(target, ignore_index, spec)
+    if class_factor is not None:
+        rows, reduction = _by_class(class_factor, call, rows, layout, acc, reduction, ask.empty)
+    offset = target_entropy(target, ignore_index, spec, acc, layout.classes) if divergence else None
+
+    kernel = use_kernel(logits, ask.options)
+    one_pass = (
+        kernel
+        and reduction != "none"
+        and logits.requires_grad
+        and torch.is_grad_enabled()
+        and dtype is not torch.float16  # a mean's gradient would underflow before a loss scaler multiplies it
+        and row_loss is known_row_loss
+        and (offset is None or spec.phi == PHI_IDENTITY)
+        and not ask.from_probs
+        and not _wants_grad(target, rows)
+        and logits.device.type != "meta"
+        and is_plain(logits)
+    )
+    try:
+        if one_pass:
+            loss, stats = fused_loss(logits, call, rows, reduction == "mean", ask.return_stats, ask.options.inplace)
+            if offset is not None:
+                loss = loss - _reduced(offset, stats, call, rows, reduction)
+        else:
+            if kernel:
+                stats = row_stats(logits, call, ask.return_stats, ask.options.inplace)
+            else:
+                stats = reference.row_stats(logits, target, ignore_index, spec, ask.return_stats)
+            loss = stats[LOSS] if offset is None else stats[LOSS] - offset
+            if ask.from_probs:  # clipped probabilities do not sum to 1, and are not made to
+                loss = loss - stats[MASS] * stats[LSE]
+            loss = _reduced(loss, stats, call, rows, reduction, row_loss)
+    except RuntimeError as error:
+        reraise(error)
+        raise
+    if target.dense is not None and ask.options.validate:
+        validate.find_nan(loss, target.dense)
+    if reduction == "none":
+        loss = loss.reshape(layout.row_shape)
+    if loss.dtype is not loss_dtype:
+        loss = loss.to(loss_dtype)
+    if not ask.return_stats:
+        return loss
+    per_row_stats = [stats[i].reshape(layout.row_shape) for i in (LSE, TARGET_LOGP, ENTROPY)]
+    return loss, Stats(*per_row_stats, (stats[CORRECT] != 0).reshape(layout.row_shape))
+
+
+def _wants_grad(target: KernelTarget, rows: Tensor | None) -> bool:
+    """Whether anything besides the logits needs a gradient. Spelt out: small inputs feel a generator here."""
+    if target.index is not None and target.value is None and target.rest is None and target.weight is rows is None:
+        return False
+    return any(t is not None and t.requires_grad for t in (*target, rows))
+
+
+def _reduced(
+    loss: Tensor,
+    stats: Tensor,
+    call: Call,
+    rows: Tensor | None,
+    reduction: str,
+    row_loss: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Row losses to the loss, by the call's scalars."""
+    own = row_loss is not None and not isinstance(row_loss, RowLoss)
+    return reduce_rows(
+        loss,
+        stats[COUNT],
+        phi=without_factor(row_loss),
+        row_weight=rows,
+        reduction=reduction,
+        scale=call.spec.scale,
+        empty_zero=bool(call.spec.empty_zero),
+        valid=reference.valid_rows(call.target, call.ignore_index) if own else None,
+    )
+
+
+def _by_class(
+    class_factor: Tensor,
+    call: Call,
+    rows: Tensor | None,
+    layout: Layout,
+    acc: torch.dtype,
+    reduction: str,
+    empty: str,
+) -> tuple[Tensor, str]:
+    """Row weights that hold the row loss's factor of each row, and the reduction that goes with them.
+
+    The factor is no part of a mean's denominator, so a mean becomes a sum of rows that are already divided by it.
+    """
+    if class_factor.shape[0] != layout.classes:
+        raise ValueError(f"row_loss: expected one factor for each of {layout.classes} classes, got {len(class_factor)}")
+    factor = class_factor_rows(class_factor, call.target, call.ignore_index, call.spec, acc)
+    if rows is not None:
+        factor = factor * rows
+    if reduction != "mean":
+        return factor, reduction
+    count = counts(call.target, call.ignore_index, factor)
+    total = (count if rows is None else count * rows).sum()
+    factor = factor / total
+    return torch.where(total == 0, 0.0, factor) if empty == "zero" else factor, "sum"
+
+
+def _row_weight(row_weight: Tensor, layout: Layout, acc: torch.dtype) -> Tensor:
+    if not isinstance(row_weight, Tensor):
+        raise TypeError(f"cross_entropy: row_weight must be Tensor, not {type(row_weight).__name__}")
+    if tuple(row_weight.shape) != tuple(layout.row_shape):
+        raise ValueError(f"row_weight must have shape {list(layout.row_shape)}, got {list(row_weight.shape)}")
+    return per_row(layout, row_weight, acc)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Arguments that every loss shares: their checks, the scalars made of them, and the statistics that may be returned."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops import PHI_IDENTITY, Spec
+from .row_losses import RowLoss
+from .targets import ClassIndices, Target
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Stats(NamedTuple):
+    """Per-row facts from the same pass, each of the target's row shape; 0 where the row is ignored.
+
+    Attributes:
+        lse: ``logsumexp`` of the transformed logits ``y``.
+        target_log_prob: ``sum_c t_c log p_c``, without class weights and smoothing; ``log p_y`` for class indices.
+        entropy: ``-sum_c p_c log p_c`` in nats.
+        correct: bool, whether the most likely class is the target's.
+    """
+
+    lse: Tensor
+    target_log_prob: Tensor
+    entropy: Tensor
+    correct: Tensor
+
+
+def make_spec(
+    classes: int,
+    label_smoothing: float,
+    smoothing: str,
+    temperature: float,
+    softcap: float,
+    z_loss: float,
+    row_loss: RowLoss | None,
+    dense_kind: int,
+    dense_temperature: float,
+    scale: float,
+    empty: str,
+) -> Spec:
+    """The scalars of a call, checked."""
+    for name, value in (("temperature", temperature), ("softcap", softcap), ("z_loss", z_loss)):
+        if value is None or isinstance(value, (str, bytes, Tensor)):
+            raise TypeError(f"cross_entropy: {name} must be float, not {type(value).__name__}")
+    e = label_smoothing
+    if e > 1.0 or e != e:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {e}")
+    if not e >= 0.0:
+        e = 0.0  # as torch does
+    if smoothing not in ("uniform", "others"):
+        raise ValueError(f"smoothing must be 'uniform' or 'others', got {smoothing!r}")
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None or 0 for none, got {softcap}")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
+    if empty not in ("nan", "zero"):
+        raise ValueError(f"empty must be 'nan' or 'zero', got {empty!r}")
+    if e == 0.0 or classes == 0:
+        mix = (1.0 - e, 0.0)
+    elif smoothing == "uniform":
+        mix = (1.0 - e, e / classes)
+    else:
+        share = e / (classes - 1) if classes > 1 else 0.0
+        mix = (1.0 - e - share, share)
+    phi: tuple[float, ...] = (PHI_IDENTITY, 0.0, 0.0)
+    if row_loss is not None:
+        phi = (row_loss.phi, *row_loss.parameters())
+        scale *= row_loss.factor
+    return Spec(
+        *mix, temperature, softcap, z_loss, *phi, dense_kind, dense_temperature, scale, float(empty == "zero")
+    )
+
+
+cached_spec = lru_cache(maxsize=1024)(make_spec)
+
+
+def check_types(weight: Tensor | None, ignore_index: int, label_smoothing: float) -> None:
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"cross_entropy: weight must be Tensor, not {type(weight).__name__}")
+    if isinstance(ignore_index, float) or ignore_index is None:
+        raise TypeError(f"cross_entropy: ignore_index must be int, not {type(ignore_index).__name__}")
+    if isinstance(label_smoothing, (str, bytes)) or label_smoothing is None:
+        raise TypeError(f"cross_entropy: label_smoothing must be float, not {type(label_smoothing).__name__}")
+
+
+def check_weight(weight: Tensor, input: Tensor, form: Target) -> None:
+    classes = input.shape[1] if input.dim() > 1 else input.shape[0]
+    if weight.dim() != 1 or weight.shape[0] != classes:
+        raise RuntimeError(
+            f"weight tensor should be defined either for all {classes} classes or no classes but got weight tensor "
+            f"of shape: {list(weight.shape)}"
+        )
+    if weight.device != input.device:
+        raise RuntimeError(f"Expected weight on the input's device {input.device}, got {weight.device}")
+    if isinstance(form, ClassIndices):
+        widened = weight.dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
+        if weight.dtype != input.dtype and not widened:
+            raise RuntimeError(f"weight: expected scalar type {input.dtype} but found {weight.dtype}")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "weight: cross_entropy is not differentiable with respect to the weight for class indices. "
+                "This input cannot have requires_grad True."
+            )
