@@ -122,7 +122,7 @@ def execute(command: list[str], what: str) -> None:
 def compile_unit(unit: Unit) -> bool:
     if not stale(unit):
         return False
-    print(f"compiling {unit.source}", flush=True)
+    print(f"compiling {unit.source}\n", end="", flush=True)  # one write: units compile side by side
     unit.object.parent.mkdir(parents=True, exist_ok=True)
     execute(unit.command, f"compiling {unit.source}")
     unit.object.with_suffix(".cmd").write_text(shlex.join(unit.command))

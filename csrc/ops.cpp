@@ -23,10 +23,11 @@ struct Field {
   const char* name;
   size_t offset;
 };
-#define FIELD(name) Field{#name, offsetof(Spec, name)}
-constexpr Field kFields[] = {FIELD(mix_a),      FIELD(mix_b),             FIELD(temperature), FIELD(softcap),
-                             FIELD(z_loss),     FIELD(phi),               FIELD(phi_p0),      FIELD(phi_p1),
-                             FIELD(dense_kind), FIELD(dense_temperature), FIELD(scale),       FIELD(empty_zero)};
+#define FIELD(name) \
+  Field { #name, offsetof(Spec, name) }
+constexpr Field kFields[] = {
+    FIELD(mix_a),  FIELD(mix_b),  FIELD(temperature), FIELD(softcap),           FIELD(z_loss), FIELD(phi),
+    FIELD(phi_p0), FIELD(phi_p1), FIELD(dense_kind),  FIELD(dense_temperature), FIELD(scale),  FIELD(empty_zero)};
 #undef FIELD
 constexpr size_t kFieldCount = sizeof(kFields) / sizeof(Field);
 constexpr bool fields_in_order() {

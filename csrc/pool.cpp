@@ -25,7 +25,7 @@ namespace softce::pool {
 
 struct PooledBlock {
   void* data;
-  size_t size;        // mapped, a multiple of kHugePage
+  size_t size;         // mapped, a multiple of kHugePage
   int64_t idle_since;  // ms
 };
 
@@ -169,12 +169,16 @@ class Pool {
     unmap(dropped);
   }
 
-  static constexpr const char* kStatNames = "idle_bytes,idle_blocks,live_bytes,live_blocks,reused,mapped,limit_bytes,"
-                                            "idle_ms,timer_running";
+  static constexpr const char* kStatNames =
+      "idle_bytes,idle_blocks,live_bytes,live_blocks,reused,mapped,limit_bytes,"
+      "idle_ms,timer_running";
   void stats(int64_t* out) {
     lock();
-    const int64_t facts[] = {idle_bytes_, static_cast<int64_t>(idle_.size()), live_bytes_, live_blocks_, reused_,
-                             mapped_,     limit_,  idle_ms_, timer_running_};
+    const int64_t facts[] = {idle_bytes_,   static_cast<int64_t>(idle_.size()),
+                             live_bytes_,   live_blocks_,
+                             reused_,       mapped_,
+                             limit_,        idle_ms_,
+                             timer_running_};
     std::copy(std::begin(facts), std::end(facts), out);
     unlock();
   }
