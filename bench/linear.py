@@ -26,6 +26,8 @@ from .timer import Entry, describe, interleave
 
 CHUNKS = (64, 128, 256, 512, 1024)
 BUDGET = 16 << 20
+ENTRIES = 16  # K of top-k
+LAM = 0.7
 ACCURATE_CLASSES = 4096  # rows of dweight that are held against float64
 
 
@@ -58,33 +60,72 @@ class LinearCase:
 
 @dataclass
 class LinearInputs:
+    """``target`` in softce's form; ``index`` and ``value`` (N, K) say the same, where it is not dense."""
+
     case: LinearCase
     input: Tensor
     linear_weight: Tensor
-    target: Tensor
+    target: Any
+    index: Tensor | None = None
+    value: Tensor | None = None
 
     @property
     def kwargs(self) -> dict[str, float]:
-        return KINDS[self.case.kind].kwargs
+        return KINDS[self.case.kind].kwargs if self.case.kind in KINDS else {}
 
 
 def make_inputs(case: LinearCase, seed: int = 0) -> LinearInputs:
     """Normal hidden states and a weight scaled so that the logits have standard deviation 2."""
     generator = torch.Generator().manual_seed(seed)
     dtype = DTYPES[case.dtype]
-    hidden = torch.empty(case.rows, case.hidden).normal_(generator=generator)
+    hidden = torch.empty(case.rows, case.hidden).normal_(generator=generator).to(dtype).requires_grad_()
     weight = torch.empty(case.classes, case.hidden).normal_(std=2.0 / case.hidden**0.5, generator=generator)
-    target = KINDS[case.kind].make((case.rows, case.classes), dtype, generator)
-    return LinearInputs(case, hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), target)
+    inputs = LinearInputs(case, hidden, weight.to(dtype).requires_grad_(), None)
+    shape = (case.rows, case.classes)
+    if case.kind in KINDS:
+        inputs.target = KINDS[case.kind].make(shape, dtype, generator)
+        if not KINDS[case.kind].dense:
+            inputs.index, inputs.value = inputs.target.unsqueeze(1), torch.ones(case.rows, 1)
+    else:
+        softce = importlib.import_module("softce")
+        entries = 2 if case.kind == "mixup" else min(ENTRIES, case.classes)
+        # Different classes a row: a random start and a stride.
+        start = torch.randint(case.classes, (case.rows, 1), generator=generator)
+        index = (start + torch.arange(entries) * (case.classes // entries)) % case.classes
+        if case.kind == "mixup":
+            value = torch.tensor([LAM, 1 - LAM]).expand(case.rows, 2)
+            inputs.target = softce.Mixup(index[:, 0], index[:, 1], LAM)
+        else:
+            value = torch.empty(index.shape).normal_(generator=generator).softmax(1)
+            inputs.target = softce.TopK(index, value)
+        inputs.index, inputs.value = index, value
+    return inputs
 
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 def _plain(inputs: LinearInputs) -> Loss:
-    kwargs = inputs.kwargs
+    """The loss over all logits, written as its users write it today."""
+    kwargs, index, value = inputs.kwargs, inputs.index, inputs.value
 
-    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    if inputs.case.kind == "mixup":
+        assert index is not None
+        first, second = index.unbind(1)
+
+        def mixup(hidden: Tensor, weight: Tensor, target: Any) -> Tensor:
+            logits = F.linear(hidden, weight)
+            return LAM * F.cross_entropy(logits, first) + (1 - LAM) * F.cross_entropy(logits, second)
+
+        return mixup
+    if inputs.case.kind == "topk":
+
+        def topk(hidden: Tensor, weight: Tensor, target: Any) -> Tensor:
+            return -(value * F.linear(hidden, weight).log_softmax(1).gather(1, index)).sum(1).mean()
+
+        return topk
+
+    def loss(hidden: Tensor, weight: Tensor, target: Any) -> Tensor:
         return F.cross_entropy(F.linear(hidden, weight), target, **kwargs)
 
     return loss
@@ -190,14 +231,17 @@ def gradients(inputs: LinearInputs) -> tuple[Tensor, Tensor]:
     """``dinput`` and the first rows of ``dweight`` of the mean loss in float64, written out from the definition."""
     case = inputs.case
     x, w = inputs.input.detach().double(), inputs.linear_weight.detach().double()
-    grad = (x @ w.t()).softmax(1)
-    if KINDS[case.kind].dense:
-        target = inputs.target.double()
+    grad = x @ w.t()
+    grad = grad.softmax(1)
+    smoothing = KINDS[case.kind].smoothing if case.kind in KINDS else 0.0
+    if inputs.index is not None and inputs.value is not None:
+        value = inputs.value.double()
+        grad *= (value.sum(1, keepdim=True)) * (1 - smoothing) + smoothing
+        grad.scatter_add_(1, inputs.index, -(1 - smoothing) * value)
     else:
-        target = torch.zeros_like(grad).scatter_(1, inputs.target.unsqueeze(1), 1.0)
-    smoothing = KINDS[case.kind].smoothing
-    target = target * (1 - smoothing) + smoothing / case.classes
-    grad = (grad * target.sum(1, keepdim=True) - target) / case.rows
+        grad *= inputs.target.double().sum(1, keepdim=True) * (1 - smoothing) + smoothing
+        grad.sub_(inputs.target, alpha=1 - smoothing)
+    grad = grad.sub_(smoothing / case.classes).div_(case.rows)
     return grad @ w, grad[:, :ACCURATE_CLASSES].t() @ x
 
 
@@ -251,14 +295,16 @@ def time_case(
     return record
 
 
-KINDS_MEASURED = ("hard", "smoothed", "soft", "soft+smoothed")
+KINDS_MEASURED = ("hard", "smoothed", "mixup", "topk", "soft", "soft+smoothed")
 WANTED = (1024, 512)  # N, H of the figures to reach
 
 
 def all_cases(quick: bool = False) -> list[LinearCase]:
     """Every case of the linear section. The shapes besides the wanted ones are there to catch a bad chunk choice."""
     if quick:
-        return [LinearCase(128, 64, 8192, dtype, kind) for dtype in DTYPES for kind in ("hard", "soft+smoothed")]
+        return [
+            LinearCase(128, 64, 8192, dtype, kind) for dtype in DTYPES for kind in ("hard", "topk", "soft+smoothed")
+        ]
     found = [LinearCase(*WANTED, classes, kind=kind) for classes in (32768, 131072) for kind in KINDS_MEASURED]
     found += [LinearCase(*shape) for shape in ((1024, 512, 8192), (256, 512, 32768), (4096, 256, 8192))]
     found += [LinearCase(*WANTED, 32768, "bfloat16", kind) for kind in ("hard", "soft+smoothed")]

@@ -143,7 +143,8 @@ def _from_classes(classes: int) -> Callable[[dict[str, Any]], bool]:
 
 
 INDICES = ("hard", "smoothed")
-EVERY = ("hard", "smoothed", "soft", "soft+smoothed")
+SPARSE = (*INDICES, "mixup", "topk")
+EVERY = (*SPARSE, "soft", "soft+smoothed")
 
 
 def _versus(
@@ -215,7 +216,7 @@ def _linear(kinds: Iterable[str], dtype: str = "float32", wanted_only: bool = Tr
 
 
 LINEAR_TARGETS = [
-    Target("linear, class indices", "linear", _linear(INDICES), ("time", "softce", "gemms"), "<=", 1.12),
+    Target("linear, sparse targets", "linear", _linear(SPARSE), ("time", "softce", "gemms"), "<=", 1.12),
     Target("linear, dense", "linear", _linear(["soft", "soft+smoothed"]), ("time", "softce", "gemms"), "<=", 1.3),
     Target("linear, every shape", "linear", _linear(EVERY, wanted_only=False), ("time", "eager", "softce"), ">=", 1.0),
     Target("linear, class indices", "linear", _linear(["hard"]), ("time", "chunked", "softce"), ">=", 6.0),

@@ -166,7 +166,14 @@ def test_forms_run_and_agree_with_eager(cpu_kernels: None) -> None:
         assert "median_s" in found, (name, found)
 
 
-def test_linear_contestants_run() -> None:
+@pytest.mark.parametrize("kind", ["mixup", "topk", "soft+smoothed"])
+def test_linear_contestants_agree(kind: str, cpu_kernels: None) -> None:
+    record = linear.time_case(linear.LinearCase(32, 16, 300, kind=kind), ["eager", "softce"], seconds=0.01)
+    for name in ("eager", "softce"):
+        assert record["results"][name]["gradient_error"] < 1e-5
+
+
+def test_linear_contestants_run(cpu_kernels: None) -> None:
     case = linear.LinearCase(32, 16, 300)
     names = [name for name in linear.ADAPTERS if name != "compile"]
     record = linear.time_case(case, names, seconds=0.02)
@@ -185,7 +192,10 @@ def test_linear_reference_gradients_agree_with_torch_in_float64() -> None:
     for kind in linear.KINDS_MEASURED:
         inputs = linear.make_inputs(linear.LinearCase(8, 4, 30, kind=kind))
         x, w = (t.detach().double().requires_grad_() for t in (inputs.input, inputs.linear_weight))
-        target = inputs.target.double() if cases.KINDS[kind].dense else inputs.target
+        if inputs.index is not None:
+            target = torch.zeros(8, 30).double().scatter_add(1, inputs.index, inputs.value.double())
+        else:
+            target = inputs.target.double()
         expected = torch.autograd.grad(F.cross_entropy(F.linear(x, w), target, **inputs.kwargs), (x, w))
         for found, truth in zip(linear.gradients(inputs), expected, strict=True):
             torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-14)
