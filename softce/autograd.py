@@ -168,10 +168,10 @@ _Packed = tuple[Call, Tensor | None, bool, bool, bool]
 
 
 class _Fused(torch.autograd.Function):
-    """The reduced loss; its gradient is ready when forward returns."""
+    """The reduced loss, and with ``extras`` the statistics; the gradient is ready when forward returns."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, packed: _Packed) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor, packed: _Packed) -> Tensor | tuple[Tensor, Tensor]:
         call, row_weight, mean, extras, inplace = packed
         arguments = (logits, *call.target, row_weight, call.ignore_index, call.spec, mean, extras)
         ctx.set_materialize_grads(False)
@@ -183,12 +183,10 @@ class _Fused(torch.autograd.Function):
             loss, ctx.dlogits, stats = ops.row_fused(*arguments)
             _save(ctx, logits, call, row_weight, stats)
         ctx.mean, ctx.extras, ctx.inplace = mean, extras, inplace
-        if not extras:
-            ctx.mark_non_differentiable(stats)
-        return loss, stats
+        return (loss, stats) if extras else loss
 
     @staticmethod
-    def backward(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None = None) -> tuple[Any, ...]:
         dlogits, ctx.dlogits = ctx.dlogits, None
         if g_loss is None and g_stats is None:
             return None, None
@@ -255,16 +253,16 @@ _apply_fused = super(torch.autograd.Function, _Fused).apply
 
 def fused_loss(
     logits: Tensor, call: Call, row_weight: Tensor | None, mean: bool, extras: bool, inplace: bool
-) -> tuple[Tensor, Tensor]:
-    """Reduced loss and statistics; the gradient of the logits is computed in the same pass.
+) -> tuple[Tensor, Tensor | None]:
+    """Reduced loss and, with ``extras``, statistics; the gradient of the logits is computed in the same pass.
 
     With ``inplace`` the logits hold their gradient afterwards. Their autograd history then ends in a node that raises
     when a gradient comes through it, so a later use cannot be wrong in silence.
     """
-    loss, stats = _apply_fused(logits, (call, row_weight, mean, extras, inplace))
+    made = _apply_fused(logits, (call, row_weight, mean, extras, inplace))
     if inplace and logits.grad_fn is not None and (logits._base is None or not logits._base.is_leaf):
         _Overwritten.apply(logits)
-    return loss, stats
+    return made if extras else (made, None)
 
 
 class _Overwritten(torch.autograd.Function):

@@ -110,7 +110,8 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
     )
     try:
         if one_pass:
-            loss, stats = fused_loss(logits, call, rows, reduction == "mean", ask.return_stats, ask.options.inplace)
+            with_stats = ask.return_stats or offset is not None
+            loss, stats = fused_loss(logits, call, rows, reduction == "mean", with_stats, ask.options.inplace)
             if offset is not None:
                 loss = loss - _reduced(offset, stats, call, rows, reduction)
         else:

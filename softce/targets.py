@@ -110,7 +110,8 @@ class ClassIndices(Target):
         index = self.index
         if index.dtype is not torch.int64:
             index = index.to(torch.int64)
-        return Form(KernelTarget(index=index.reshape(-1, 1).contiguous()), ignore_index=ignore_index)
+        index = index.contiguous().view(-1, 1)
+        return Form(KernelTarget(index), ignore_index=ignore_index)
 
 
 @dataclass(frozen=True, eq=False)
