@@ -18,13 +18,33 @@ std::string error_text(cudaError_t error, const char* what) {
 
 namespace {
 
-cudaError_t read_attribute(int* value, cudaDeviceAttr attribute, int device) {
-  return cudaDeviceGetAttribute(value, attribute, device);
-}
+// Makes a device the current one for a while.
+class Current {
+ public:
+  explicit Current(int device) {
+    error = cudaGetDevice(&before_);
+    if (error == cudaSuccess) error = cudaSetDevice(device);
+  }
+  ~Current() {
+    if (error == cudaSuccess) cudaSetDevice(before_);
+  }
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+  cudaError_t error;
+
+ private:
+  int before_ = 0;
+};
 
 Device read_device(int number) {
   Device device;
   device.number = number;
+  const Current current(number);
+  if (current.error != cudaSuccess) {
+    cudaGetLastError();
+    device.reason = error_text(current.error, "choosing the device");
+    return device;
+  }
   int major = 0, minor = 0;
   const std::pair<int*, cudaDeviceAttr> wanted[] = {
       {&major, cudaDevAttrComputeCapabilityMajor},
@@ -35,7 +55,7 @@ Device read_device(int number) {
       {&device.facts.shared_reserved, cudaDevAttrReservedSharedMemoryPerBlock},
   };
   for (const auto& [value, attribute] : wanted) {
-    const cudaError_t error = read_attribute(value, attribute, number);
+    const cudaError_t error = cudaDeviceGetAttribute(value, attribute, number);
     if (error != cudaSuccess) {
       device.reason = error_text(error, "reading the device's attributes");
       return device;
@@ -130,8 +150,8 @@ size_t row_loss_bytes(int64_t rows) { return (static_cast<size_t>(rows) * sizeof
 
 }  // namespace
 
-std::string describe_plan(const Problem& problem, bool fused, int device) {
-  const Plan plan = make_plan(shape_of(problem, fused), device_of(device).facts, kLargestCluster);
+std::string describe_plan(const RowShape& shape, int device) {
+  const Plan plan = make_plan(shape, device_of(device).facts, kLargestCluster);
   const char* const modes[] = {"stats", "resident", "twice"};
   return std::string(modes[static_cast<int>(plan.mode)]) + ' ' + std::to_string(plan.cluster) + ' ' +
          std::to_string(plan.warps) + ' ' + std::to_string(plan.shared);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "plan.h"
 #include "softce.h"
 
 namespace softce::cuda {
@@ -25,8 +26,8 @@ size_t fused_scratch_bytes(int64_t rows);
 // Why these kernels cannot run on a device, or "". Reads the device's facts once and keeps them.
 std::string device_reason(int device);
 
-// How a problem would be laid out on a device: "mode cluster warps shared-bytes". For tables and tests.
-std::string describe_plan(const Problem&, bool fused, int device);
+// How rows would be laid out on a device: "mode cluster warps shared-bytes". For tables and tests.
+std::string describe_plan(const RowShape&, int device);
 
 // stats: float32 (kStats, R). Both return what went wrong, or "".
 std::string launch_row_stats(const Problem&, float* stats, int device, void* stream);

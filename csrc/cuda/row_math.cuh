@@ -242,43 +242,33 @@ SOFTCE_HD void add_entry(EntrySums& sums, const Entry& entry, float m) {
   if (entry.q != 0.0f) sums.c = fmaf(entry.q, entry.z - finite_reference(m), sums.c);
 }
 
-SOFTCE_HD float phi_value(const RowScalars& s, float l) {
-  const float p = s.phi_p0;
-  switch (static_cast<Phi>(s.phi)) {
-    case Phi::focal:
-      if (l == 0.0f) return 0.0f;
-      return l == -kMinusInf || p == 0.0f ? l : powf(-expm1f(-l), p) * l;
-    case Phi::label_relaxation:
-      if (p == 0.0f) return l;
-      if (l < -log1pf(-p)) return 0.0f;
-      return (1.0f - p) * (log1pf(-p) + l) + p * (logf(p) - logf(-expm1f(-l)));
-    case Phi::generalized:
-      return -expm1f(-p * l) / p;
-    case Phi::poly1:
-      return l - p * expm1f(-l);
-    default:
-      return l;
-  }
-}
+// phi(l) and phi'(l).
+struct Transformed {
+  float value, slope;
+};
 
-SOFTCE_HD float phi_slope(const RowScalars& s, float l) {
+SOFTCE_HD Transformed transformed(const RowScalars& s, float l) {
   const float p = s.phi_p0;
-  switch (static_cast<Phi>(s.phi)) {
+  const Phi phi = p == 0.0f ? Phi::identity : static_cast<Phi>(s.phi);
+  switch (phi) {
     case Phi::focal: {
-      if (p == 0.0f || l == -kMinusInf) return 1.0f;
-      if (l == 0.0f) return 0.0f;
-      const float rate = -expm1f(-l);
-      return powf(rate, p) + p * powf(rate, p - 1.0f) * expf(-l) * l;
+      if (l == -kMinusInf) return {l, 1.0f};
+      const float at = l < 0.0f ? 0.0f : l;  // rounding below 0 has no power
+      const float miss = -expm1f(-at), power = powf(miss, p);
+      return {power * at, power * fmaf(p * expf(-at), at == 0.0f ? 1.0f : at / miss, 1.0f)};
     }
-    case Phi::label_relaxation:
-      if (p == 0.0f) return 1.0f;
-      return l < -log1pf(-p) ? 0.0f : (1.0f - p) + p * expf(-l) / expm1f(-l);
+    case Phi::label_relaxation: {
+      const float edge = -log1pf(-p);
+      if (l < edge) return {0.0f, 0.0f};
+      const float miss = -expm1f(-l);
+      return {(1.0f - p) * (l - edge) + p * (logf(p) - logf(miss)), (1.0f - p) - p * expf(-l) / miss};
+    }
     case Phi::generalized:
-      return expf(-p * l);
+      return {-expm1f(-p * l) / p, expf(-p * l)};
     case Phi::poly1:
-      return fmaf(p, expf(-l), 1.0f);
-    default:
-      return 1.0f;
+      return {fmaf(-p, expm1f(-l), l), fmaf(p, expf(-l), 1.0f)};
+    default:  // and every transform with a parameter of 0
+      return {l, 1.0f};
   }
 }
 
@@ -339,10 +329,11 @@ SOFTCE_HD RowResult finish_row(const Acc<K>& acc, const EntrySums& entries, cons
     r.loss = fmaf(s.z_loss * r.lse, r.lse, r.loss);
     toward = fmaf(2.0f * s.z_loss, r.lse, mass);
   }
-  r.weighted_loss = in.row_weight * phi_value(s, r.loss);
-  const float g = static_cast<float>(in.scale * in.row_weight) * phi_slope(s, r.loss);
-  r.zero = g * toward == 0.0f && g == 0.0f;
-  r.d = g * s.inv_temperature;
+  const Transformed phi = transformed(s, r.loss);
+  r.weighted_loss = in.row_weight * phi.value;
+  const float outer = static_cast<float>(in.scale * in.row_weight);
+  r.zero = outer == 0.0f;
+  r.d = outer * phi.slope * s.inv_temperature;
   r.a = r.d * toward / acc.s;
   r.pull_1 = r.d * (K == TargetKind::probs ? s.mix_b : in.uniform);
   r.pull_t = r.d * (K == TargetKind::probs ? s.mix_a : teacher_scale);
