@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Launch configurations of the Triton row kernel: a small table, no autotuning at run time.
+
+The table says how a row of so many classes is cut; none of it changes a result beyond rounding. Its entries are chosen
+so that every variant of the kernel compiles without spilled registers (``tests/test_triton_compile.py`` holds them to
+that for each architecture); ``python -m bench.gpu --tune`` measures the candidates on a GPU and prints the rows that
+would be faster there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """How a tile is cut and launched.
+
+    ``rows`` x ``block`` classes a tile, ``warps`` warps a program; ``stages`` blocks of a row, ``row_stages`` tiles in
+    flight (software pipelining); at most ``per_sm`` programs a multiprocessor, which then walk over the tiles.
+    """
+
+    rows: int
+    block: int
+    warps: int
+    stages: int = 1
+    row_stages: int = 1
+    per_sm: int = 8
+
+
+# Forms, by how much of a row a thread has to hold besides y.
+SPARSE = "sparse"  # class indices or entries alone
+UNIFORM = "uniform"  # sparse with a weight for every class: smoothing, rest; with or without class weights
+DENSE = "dense"  # probabilities
+HEAVY = "heavy"  # any form with softcap or teacher logits, which take more of every element
+EXTRAS = "extras"  # any form with entropy, target log-probability and argmax
+FORMS = (SPARSE, UNIFORM, DENSE, HEAVY, EXTRAS)
+
+# (number of classes up to which the entry is taken, configuration). A block that holds the classes keeps the row on
+# chip; a smaller one sweeps it twice, and few programs a multiprocessor keep the rows in flight within L2.
+TABLE: dict[str, tuple[tuple[int | None, Config], ...]] = {
+    SPARSE: (
+        (1024, Config(1, 1024, 4, per_sm=16)),
+        (4096, Config(1, 4096, 4, per_sm=8)),
+        (16384, Config(1, 16384, 8, per_sm=4)),
+        (32768, Config(1, 32768, 16, per_sm=2)),
+        (None, Config(1, 8192, 8, per_sm=2)),
+    ),
+    UNIFORM: (
+        (1024, Config(1, 1024, 4, per_sm=16)),
+        (4096, Config(1, 4096, 8, per_sm=8)),
+        (16384, Config(1, 16384, 16, per_sm=2)),
+        (None, Config(1, 4096, 8, per_sm=2)),
+    ),
+    DENSE: (
+        (1024, Config(1, 1024, 4, per_sm=16)),
+        (4096, Config(1, 4096, 8, per_sm=8)),
+        (8192, Config(1, 8192, 16, per_sm=4)),
+        (None, Config(1, 4096, 8, per_sm=2)),
+    ),
+    HEAVY: (
+        (1024, Config(1, 1024, 4, per_sm=16)),
+        (4096, Config(1, 4096, 16, per_sm=4)),
+        (None, Config(1, 4096, 16, per_sm=2)),
+    ),
+    EXTRAS: (
+        (1024, Config(1, 1024, 4, per_sm=16)),
+        (None, Config(1, 2048, 8, per_sm=2)),
+    ),
+}
+FEW = 512  # up to here several rows share a tile
+FEW_TILE = 2048  # elements of such a tile, and of a tile of planes
+PLANES_BLOCK = 64  # classes of a tile of planes; more than these are swept twice
+SAFE = Config(1, 1024, 8)
+
+_forced: Config | None = None
+
+
+@contextmanager
+def forced(config: Config) -> Iterator[None]:
+    """Every launch inside takes ``config``, whatever the table says: for tests and for measurements."""
+    global _forced
+    before, _forced = _forced, config
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n`` and 1."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def choose(form: str, classes: int, inner: int, entries: int, wide: bool) -> Config:
+    """The configuration for rows of ``classes`` classes.
+
+    Args:
+        form: one of ``FORMS``.
+        classes: C.
+        inner: 0 for rows, S for planes.
+        entries: sparse entries a row, 0 for a dense target.
+        wide: float64, which holds half as much.
+    """
+    if _forced is not None:
+        return _forced
+    tile = FEW_TILE // 2 if wide or form == EXTRAS else FEW_TILE
+    if inner or classes <= FEW:
+        block = max(16, power_of_two(classes))
+        if inner:
+            block = min(block, PLANES_BLOCK)
+        rows = tile // block
+        if inner:
+            rows = min(rows, max(16, power_of_two(inner)))
+        return Config(_fewer_rows(rows, entries), block, 4, per_sm=16)
+    for most, config in TABLE.get(form, ((None, SAFE),)):
+        if most is None or classes <= most:
+            # float64 doubles what a row takes: sweep it twice instead.
+            return config if not wide or config.block <= 2048 else Config(1, 2048, 8, per_sm=2)
+    return SAFE
+
+
+def _fewer_rows(rows: int, entries: int) -> int:
+    """No more rows a tile than whose entries fit it as well."""
+    return max(1, min(rows, 4096 // power_of_two(entries)))
