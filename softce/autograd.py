@@ -190,7 +190,7 @@ class _Fused(torch.autograd.Function):
         dlogits, ctx.dlogits = ctx.dlogits, None
         if g_loss is None and g_stats is None:
             return None, None
-        only_loss = g_stats is None and not torch.is_grad_enabled() and not transform_active()
+        only_loss = g_stats is None and not torch.is_grad_enabled() and not _batched(g_loss)
         if ctx.inplace:
             if dlogits is None or not only_loss:
                 raise RuntimeError(
@@ -208,6 +208,11 @@ class _Fused(torch.autograd.Function):
             logits, call, (row_weight, _) = _restore(ctx)
             dlogits = ops.row_fused(logits, *call.target, row_weight, call.ignore_index, call.spec, ctx.mean, ctx.extras)[1]
         return dlogits if factor == 1.0 else dlogits.mul_(g_loss), None
+
+
+def _batched(grad: Tensor | None) -> bool:
+    """True for gradients under ``torch.func`` or ``torch.autograd.grad(is_grads_batched=True)``: they have no one value."""
+    return transform_active() or (grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad))
 
 
 def _exact(factor: float, dtype: torch.dtype) -> bool:

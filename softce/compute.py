@@ -52,7 +52,8 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
         promoted = torch.promote_types(promoted, weight.dtype)
     loss_dtype = ask.loss_dtype
     if loss_dtype is None:
-        autocast = dtype is not torch.float32 and torch.is_autocast_enabled(input.device.type)
+        half = dtype is not torch.float32
+        autocast = half and input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
         loss_dtype = torch.float32 if autocast and promoted is not torch.float64 else promoted
     if promoted is torch.float64 and dtype is not torch.float64:
         input = input.to(torch.float64)
@@ -76,7 +77,8 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
         class_factor, row_loss = row_loss.class_factor, row_loss.unscaled()
     known_row_loss = row_loss if isinstance(row_loss, RowLoss) else None
     # A tracer would look through the cache and warn; it runs this once a graph anyway.
-    spec = (make_spec if torch.compiler.is_compiling() else cached_spec)(
+    traced = torch.compiler.is_compiling() or type(layout.classes) is not int  # a symbolic size cannot be a key
+    spec = (make_spec if traced else cached_spec)(
         layout.classes,
         ask.label_smoothing,
         ask.smoothing,
