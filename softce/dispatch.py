@@ -14,7 +14,7 @@ from . import backends
 from .autograd import transform_active
 from .options import Options
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 _TRACED = (FakeTensor, FunctionalTensor)  # what tracers pass: they record the operators
 
 # Backends that can serve a device, best first.
@@ -24,7 +24,7 @@ _FOR_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "meta": ("cpu",)}
 def is_plain(x: Tensor) -> bool:
     """True for an ordinary tensor outside any tracing: its data may be looked at and its memory written."""
     return (
-        type(x) in _PLAIN and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+        type(x) in PLAIN and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
@@ -32,7 +32,7 @@ def reasons_against_kernels(x: Tensor) -> list[str]:
     """Why no kernel can take logits like ``x``; empty if one can."""
     if transform_active():
         return ["a forward-mode AD level or torch.func transform is active"]
-    if type(x) not in _PLAIN and not isinstance(x, _TRACED) and not torch.compiler.is_compiling():
+    if type(x) not in PLAIN and not isinstance(x, _TRACED) and not torch.compiler.is_compiling():
         return [f"no kernel for the tensor subclass {type(x).__name__}"]
     device = x.device.type
     if device == "meta":

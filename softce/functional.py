@@ -13,6 +13,7 @@ from torch.nn import _reduction
 from . import validate
 from .compute import Request, loss_of
 from .options import DEFAULT, Options
+from .quick import quick_loss
 from .row_losses import RowLoss
 from .settings import Stats, check_types, check_weight
 from .targets import Target, as_target
@@ -103,6 +104,11 @@ def cross_entropy(
         raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
     if not isinstance(input, Tensor):
         raise TypeError(f"cross_entropy: input must be Tensor, not {type(input).__name__}")
+    if weight is row_loss is row_weight is loss_dtype is options is None and not (from_probs or return_stats):
+        settings = (smoothing, temperature, softcap or 0.0, z_loss)
+        quick = quick_loss(input, target, ignore_index, reduction, label_smoothing, settings, empty)
+        if quick is not None:
+            return quick
     form = as_target(input, target)
     check_types(weight, ignore_index, label_smoothing)
     if input.dim() == 0:

@@ -12,19 +12,18 @@ from torch import Tensor
 
 from . import linear, linear_autograd, validate
 from .autograd import Call, transform_active
-from .dispatch import _PLAIN, _TRACED, is_plain, use_kernel
-from .settings import FLOATS, Stats, cached_spec, check_weight, make_spec
+from .compute import Request, fold_factor, reduced
+from .dispatch import _TRACED, PLAIN, is_plain, use_kernel
 from .layout import Layout
 from .linear import Tensors, Work
 from .linear_plan import work_dtype
 from .linear_rows import plain_target
 from .linear_targets import LinearTeacher, as_form
-from .ops import CORRECT, COUNT, ENTROPY, LOSS, LSE, PHI_IDENTITY, TARGET_LOGP, KernelTarget, Spec, acc_dtype
+from .ops import CORRECT, ENTROPY, LOSS, LSE, PHI_IDENTITY, TARGET_LOGP, KernelTarget, Spec, acc_dtype
 from .options import Options
-from .reduction import reduce_rows
-from .reference import valid_rows
-from .row_losses import RowLoss, without_factor
-from .target_rows import class_factor_rows, counts, target_entropy
+from .row_losses import RowLoss
+from .settings import FLOATS, Stats, cached_spec, check_weight, make_spec
+from .target_rows import class_factor_rows, target_entropy
 from .targets import ClassProbabilities, Form, Target, Teacher
 
 _TEACHER_ELEMENTS = 1 << 22  # logits of a teacher that are held at a time where its entropy needs them itself
@@ -46,10 +45,15 @@ class LinearMap(NamedTuple):
                 raise RuntimeError(f"expected {owner}{name} of the input's dtype {dtype}, got {x.dtype}")
 
 
+def autocasting(device: str) -> bool:
+    """Whether autocast is on for the device; there is none for ``meta``."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The operands of the matrix products as autocast wants them."""
     device = next(x for x in tensors if x is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasting(device):
         return tensors
     low = torch.get_autocast_dtype(device)
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(low) for x in tensors)
@@ -171,115 +175,96 @@ def _tensors(
 
 
 def loss_of(
-    map: LinearMap,
-    form: Target,
-    rows: Rows,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    row_weight: Tensor | None,
-    options: Options,
-    settings: tuple[float, str, float, float, float, str],
-    *,
-    row_loss: RowLoss | Callable[[Tensor], Tensor] | None,
-    loss_dtype: torch.dtype | None,
-    return_stats: bool,
+    map: LinearMap, form: Target, rows: Rows, weight: Tensor | None, ask: Request
 ) -> Tensor | tuple[Tensor, Stats]:
     """The loss of checked arguments."""
-    input = map.input
-    promoted = form.dtype(input)
+    dtype = map.input.dtype
+    promoted = form.dtype(map.input)
     if weight is not None and isinstance(form, ClassProbabilities):
         promoted = torch.promote_types(promoted, weight.dtype)
+    loss_dtype = ask.loss_dtype
     if loss_dtype is None:
-        autocast = input.dtype is not torch.float32 and torch.is_autocast_enabled(input.device.type)
-        loss_dtype = torch.float32 if autocast and promoted is not torch.float64 else promoted
-    if promoted is torch.float64 and input.dtype is not torch.float64:
+        widened = dtype is not torch.float32 and autocasting(map.input.device.type)
+        loss_dtype = torch.float32 if widened and promoted is not torch.float64 else promoted
+    if promoted is torch.float64 and dtype is not torch.float64:
         map = LinearMap(*(None if x is None else x.to(torch.float64) for x in map))  # type: ignore[arg-type]
     acc = acc_dtype(map.input.dtype)
-    tensors, kernel_form = _tensors(map, form, rows, weight, acc, ignore_index)
+    tensors, kernel_form = _tensors(map, form, rows, weight, acc, ask.ignore_index)
+    row_loss, reduction = ask.row_loss, ask.reduction
     class_factor = None
     if isinstance(row_loss, RowLoss) and row_loss.class_factor is not None:
         class_factor, row_loss = row_loss.class_factor, row_loss.unscaled()
-        if class_factor.shape[0] != tensors.classes:
-            raise ValueError(
-                f"row_loss: expected one factor for each of {tensors.classes} classes, got {class_factor.shape[0]}"
-            )
-    phi = row_loss if not isinstance(row_loss, RowLoss) else None
-    e, smoothing, temperature, softcap, z_loss, empty = settings
-    make_spec = make_spec if torch.compiler.is_compiling() else cached_spec
-    spec = make_spec(
+    known_row_loss = row_loss if isinstance(row_loss, RowLoss) else None
+    traced = torch.compiler.is_compiling() or type(tensors.classes) is not int
+    spec = (make_spec if traced else cached_spec)(
         tensors.classes,
-        e,
-        smoothing,
-        temperature,
-        softcap,
-        z_loss,
-        None if phi is not None else row_loss,  # type: ignore[arg-type]
+        ask.label_smoothing,
+        ask.smoothing,
+        ask.temperature,
+        ask.softcap,
+        ask.z_loss,
+        known_row_loss,
         kernel_form.dense_kind,
         kernel_form.dense_temperature,
         kernel_form.scale,
-        empty,
+        ask.empty,
     )
     call = Call(tensors.sparse, kernel_form.ignore_index, spec)
-    weights = _flat_weights(row_weight, rows, acc)
-    offset = _entropy(tensors, call, options, acc) if kernel_form.divergence else None
+    weights = _flat_weights(ask.row_weight, rows, acc)
+    offset = _entropy(tensors, call, ask.options, acc) if kernel_form.divergence else None
     if class_factor is not None:
-        factor = _over_target(tensors, acc, lambda t: class_factor_rows(class_factor, t, call.ignore_index, spec, acc))
-        weights, reduction = _fold(factor, weights, call, reduction, empty)
-    kernel = use_kernel(tensors.input, options)
-    by_formula = _by_formula(tensors, options)
+        weights, reduction = fold_factor(_factor_rows(class_factor, tensors, call, acc), call, weights, reduction)
+
+    by_formula = _by_formula(tensors, ask.options)
     if by_formula:
         _check_index(tensors, call.ignore_index)
-    work = Work(kernel_form.ignore_index, spec, options.memory_budget, kernel)
-    tracking = torch.is_grad_enabled()
-    needs = tuple(tracking and x is not None and x.requires_grad for x in tensors)
-    scaled = weights is not None and weights.requires_grad and tracking
-    fused = (
+    work = Work(call.ignore_index, spec, ask.options.memory_budget, use_kernel(tensors.input, ask.options))
+    plain = is_plain(tensors.input)
+    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
+    one_go = (
         not by_formula
         and reduction != "none"
         and any(needs[:3])
         and not any(needs[3:])
-        and not scaled
-        and phi is None
+        and not any(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (weights, offset))
+        and row_loss is known_row_loss
         and (offset is None or spec.phi == PHI_IDENTITY)
-        and not (offset is not None and offset.requires_grad)
+        and (plain or not (ask.return_stats or offset is not None))
         # float16 gradients of a mean would underflow before a loss scaler multiplies them
         and work_dtype(tensors.input.dtype, tensors.input.device.type) is not torch.float16
     )
-    plain = is_plain(tensors.input)
-    reduced = {"row_weight": weights, "reduction": reduction, "scale": spec.scale, "empty_zero": empty == "zero"}
-    if fused and (plain or not return_stats):
-        mean = reduction == "mean"
-        if plain:
-            loss, stats = linear_autograd.fused_loss(tensors, work, weights, mean, return_stats)
-        else:
-            loss = linear_autograd.compiled_loss(tensors, work, weights, mean, needs[:3])  # type: ignore[arg-type]
-            stats = loss.new_empty(0)
+    stats: Tensor | None = None
+    if one_go and plain:
+        loss, stats = linear_autograd.fused_loss(tensors, work, weights, reduction == "mean", ask.return_stats)
         if offset is not None:
-            count = counts(call.target, call.ignore_index, offset)
-            loss = loss - reduce_rows(offset, count, phi=None, **reduced)  # type: ignore[arg-type]
+            loss = loss - reduced(offset, stats, call, weights, reduction)
+    elif one_go:
+        loss = linear_autograd.compiled_loss(tensors, work, weights, reduction == "mean", (needs[0], needs[1], needs[2]))
     else:
         if by_formula:
-            stats = linear_autograd.formula_stats(tensors, work.ignore_index, spec, return_stats)
+            stats = linear_autograd.formula_stats(tensors, work.ignore_index, spec, ask.return_stats)
         else:
-            stats = linear_autograd.stats(tensors, work, return_stats)
-        transform = phi or (row_loss if isinstance(row_loss, RowLoss) and row_loss.phi else None)
-        loss = reduce_rows(
-            stats[LOSS] if offset is None else stats[LOSS] - offset,
-            stats[COUNT],
-            phi=without_factor(transform),
-            valid=None if phi is None else valid_rows(call.target, call.ignore_index),
-            **reduced,  # type: ignore[arg-type]
-        )
-    if options.validate and tensors.dense is not None:
+            stats = linear_autograd.stats(tensors, work, ask.return_stats)
+        loss = stats[LOSS] if offset is None else stats[LOSS] - offset
+        loss = reduced(loss, stats, call, weights, reduction, row_loss)
+    if tensors.dense is not None and ask.options.validate:
         validate.find_nan(loss, tensors.dense)
     if reduction == "none":
         loss = loss.reshape(rows.shape)
     loss = loss.to(loss_dtype)
-    if not return_stats:
+    if not ask.return_stats:
         return loss
-    per_row = [stats[i].reshape(rows.shape) for i in (LSE, TARGET_LOGP, ENTROPY)]
-    return loss, Stats(*per_row, (stats[CORRECT] != 0).reshape(rows.shape))
+    assert stats is not None
+    lse, log_prob, entropy, correct = (stats[i].reshape(rows.shape) for i in (LSE, TARGET_LOGP, ENTROPY, CORRECT))
+    return loss, Stats(lse, log_prob, entropy, correct != 0)
+
+
+def _factor_rows(class_factor: Tensor, tensors: Tensors, call: Call, acc: torch.dtype) -> Tensor:
+    if class_factor.shape[0] != tensors.classes:
+        raise ValueError(
+            f"row_loss: expected one factor for each of {tensors.classes} classes, got {class_factor.shape[0]}"
+        )
+    return _over_target(tensors, acc, lambda t: class_factor_rows(class_factor, t, call.ignore_index, call.spec, acc))
 
 
 def _by_formula(tensors: Tensors, options: Options) -> bool:
@@ -288,7 +273,7 @@ def _by_formula(tensors: Tensors, options: Options) -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    return any(x is not None and type(x) not in _PLAIN and not isinstance(x, _TRACED) for x in tensors)
+    return any(x is not None and type(x) not in PLAIN and not isinstance(x, _TRACED) for x in tensors)
 
 
 def _check_index(tensors: Tensors, ignore_index: int) -> None:
@@ -315,7 +300,7 @@ def _over_target(tensors: Tensors, acc: torch.dtype, of: Callable[[KernelTarget]
         weight, bias = t.teacher_weight.to(acc), None if t.teacher_bias is None else t.teacher_bias.to(acc)
         step = max(1, _TEACHER_ELEMENTS // max(1, t.classes))
         parts = [
-            of(t.sparse._replace(dense=F.linear(x.to(acc), weight, bias))) for x in t.teacher_input.split(step)
+            of(t.sparse._replace(dense=F.linear(x.to(acc), weight, bias))) for x in torch.split(t.teacher_input, step)
         ]
         found = torch.cat(parts)
     return found if t.target_rows is None else found.index_select(0, t.target_rows)
@@ -334,16 +319,3 @@ def _entropy(tensors: Tensors, call: Call, options: Options, acc: torch.dtype) -
     work = Work(-1, Spec(temperature=call.spec.dense_temperature), options.memory_budget, use_kernel(t.input, options))
     found = linear_autograd.stats(own, work, True)[ENTROPY].to(acc)
     return found if t.target_rows is None else found.index_select(0, t.target_rows)
-
-
-def _fold(
-    factor: Tensor, weights: Tensor | None, call: Call, reduction: str, empty: str
-) -> tuple[Tensor, str]:
-    """Row weights that hold a row loss's factor of each row, which is no part of a mean's denominator."""
-    factor = factor if weights is None else factor * weights
-    if reduction != "mean":
-        return factor, reduction
-    count = counts(call.target, call.ignore_index, factor)
-    total = (count if weights is None else count * weights).sum()
-    factor = factor / total
-    return torch.where(total == 0, 0.0, factor) if empty == "zero" else factor, "sum"

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The short way of the plainest training call: float32 logits ``(N, C)`` on the CPU, class indices, mean or sum.
+
+At a few rows of a few classes the arithmetic is nothing and every Python object on the way is felt. This way makes none
+of those that the general one needs. It only decides whether it can take a call; what it cannot take, errors included, is
+the general way's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .autograd import Call, fused_loss
+from .dispatch import PLAIN, use_kernel
+from .ops import KernelTarget
+from .options import DEFAULT
+from .settings import cached_spec
+from .validate import check_logits
+
+
+def quick_loss(
+    input: Tensor,
+    target: object,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    settings: tuple[str, float, float, float],
+    empty: str,
+) -> Tensor | None:
+    """The loss, or ``None`` where the call is not of the plainest kind.
+
+    ``settings``: smoothing, temperature, softcap and z_loss as :func:`softce.cross_entropy` takes them.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(input) not in PLAIN
+        or type(target) is not Tensor
+        or input.dtype is not torch.float32
+        or target.dtype is not torch.int64
+        or not (input.is_cpu and target.is_cpu)
+        or not input.requires_grad
+        or not torch.is_grad_enabled()
+        or reduction == "none"
+        or type(ignore_index) is not int
+        or type(label_smoothing) is not float
+        or not label_smoothing >= 0.0
+        or input.dim() != 2
+    ):
+        return None
+    rows, classes = input.shape
+    if target.shape != (rows,) or input.stride(1) != 1 or target.stride(0) != 1 or not use_kernel(input, DEFAULT):
+        return None
+    check_logits(input)
+    spec = cached_spec(classes, label_smoothing, *settings, None, 0, 1.0, 1.0, empty)
+    call = Call(KernelTarget(target.unsqueeze(1)), ignore_index, spec)
+    return fused_loss(input, call, None, reduction == "mean", False, False)[0]
