@@ -82,15 +82,20 @@ __device__ __forceinline__ EntrySums sum_entries(const Entry* entries, int count
   });
 }
 
-// Blocks that a multiprocessor's registers should hold: as many as its shared memory can, without a spill.
-template <TargetKind K, RowMode M>
-constexpr int kBlocksAtOnce = M == RowMode::resident && K != TargetKind::teacher ? 3 : 2;
+// What a kernel may ask of the registers without a spill: a dense target wider than the logits, or a teacher, takes more.
+template <class T, class D, TargetKind K, RowMode M>
+struct Tuning {
+  static constexpr bool kResident = M == RowMode::resident;
+  static constexpr bool kLight = K == TargetKind::sparse || (K == TargetKind::probs && sizeof(D) == sizeof(T));
+  static constexpr int kBlocksAtOnce = kResident && K == TargetKind::sparse ? 3 : 2;  // on a multiprocessor
+  static constexpr int kBatch = kResident || !kLight ? 2 : 4;  // units that a lane loads before it uses the first
+};
 
 template <class T, class D, TargetKind K, RowMode M>
-__global__ void __launch_bounds__(kMaxWarps* kLanes, kBlocksAtOnce<K, M>) row_kernel(const __grid_constant__ RowParams p) {
+__global__ void __launch_bounds__(kMaxWarps* kLanes, Tuning<T, D, K, M>::kBlocksAtOnce) row_kernel(const __grid_constant__ RowParams p) {
   constexpr bool kExact = sizeof(T) == 4;
   constexpr bool kResident = M == RowMode::resident;
-  constexpr int kBatch = kResident ? 2 : 4;
+  constexpr int kBatch = Tuning<T, D, K, M>::kBatch;
   unsigned char* const memory = dynamic_shared();
   Fixed<K>& fixed = *reinterpret_cast<Fixed<K>*>(memory);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
