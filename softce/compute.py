@@ -93,7 +93,7 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
     )
     call = Call(target, ignore_index, spec)
     if class_factor is not None:
-        rows, reduction = _by_class(class_factor, call, rows, layout, acc, reduction, ask.empty)
+        rows, reduction = _by_class(class_factor, call, rows, layout, acc, reduction)
     offset = target_entropy(target, ignore_index, spec, acc, layout.classes) if divergence else None
 
     kernel = use_kernel(logits, ask.options)
@@ -115,7 +115,7 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
             with_stats = ask.return_stats or offset is not None
             loss, stats = fused_loss(logits, call, rows, reduction == "mean", with_stats, ask.options.inplace)
             if offset is not None:
-                loss = loss - _reduced(offset, stats, call, rows, reduction)
+                loss = loss - reduced(offset, stats, call, rows, reduction)
         else:
             if kernel:
                 stats = row_stats(logits, call, ask.return_stats, ask.options.inplace)
@@ -124,7 +124,7 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
             loss = stats[LOSS] if offset is None else stats[LOSS] - offset
             if ask.from_probs:  # clipped probabilities do not sum to 1, and are not made to
                 loss = loss - stats[MASS] * stats[LSE]
-            loss = _reduced(loss, stats, call, rows, reduction, row_loss)
+            loss = reduced(loss, stats, call, rows, reduction, row_loss)
     except RuntimeError as error:
         reraise(error)
         raise
@@ -147,7 +147,7 @@ def _wants_grad(target: KernelTarget, rows: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in (*target, rows))
 
 
-def _reduced(
+def reduced(
     loss: Tensor,
     stats: Tensor,
     call: Call,
@@ -176,15 +176,19 @@ def _by_class(
     layout: Layout,
     acc: torch.dtype,
     reduction: str,
-    empty: str,
 ) -> tuple[Tensor, str]:
-    """Row weights that hold the row loss's factor of each row, and the reduction that goes with them.
-
-    The factor is no part of a mean's denominator, so a mean becomes a sum of rows that are already divided by it.
-    """
+    """Row weights that hold the row loss's factor of each row, and the reduction that goes with them."""
     if class_factor.shape[0] != layout.classes:
         raise ValueError(f"row_loss: expected one factor for each of {layout.classes} classes, got {len(class_factor)}")
     factor = class_factor_rows(class_factor, call.target, call.ignore_index, call.spec, acc)
+    return fold_factor(factor, call, rows, reduction)
+
+
+def fold_factor(factor: Tensor, call: Call, rows: Tensor | None, reduction: str) -> tuple[Tensor, str]:
+    """Row weights that hold ``factor``, ``(R,)``, and the reduction that goes with them.
+
+    The factor is no part of a mean's denominator, so a mean becomes a sum of rows that are already divided by it.
+    """
     if rows is not None:
         factor = factor * rows
     if reduction != "mean":
@@ -192,7 +196,7 @@ def _by_class(
     count = counts(call.target, call.ignore_index, factor)
     total = (count if rows is None else count * rows).sum()
     factor = factor / total
-    return torch.where(total == 0, 0.0, factor) if empty == "zero" else factor, "sum"
+    return torch.where(total == 0, 0.0, factor) if call.spec.empty_zero else factor, "sum"
 
 
 def _row_weight(row_weight: Tensor, layout: Layout, acc: torch.dtype) -> Tensor:

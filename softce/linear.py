@@ -39,7 +39,7 @@ class Tensors(NamedTuple):
     input: Tensor  # (N, H)
     linear_weight: Tensor  # (V, H)
     linear_bias: Tensor | None  # (V,)
-    index: Tensor | None  # (R, K), as ops.KernelTarget
+    index: Tensor | None  # type: ignore[assignment]  # (R, K), as ops.KernelTarget
     value: Tensor | None  # (R, K)
     rest: Tensor | None  # (R,)
     dense: Tensor | None  # (M, V)
@@ -186,7 +186,6 @@ class Loop:
     def call(self, lo: int, hi: int) -> Call:
         """The block's target for the classes ``lo`` to ``hi``."""
         t, work = self.tensors, self.work
-        per_row = [None if x is None else x[self.a : self.b] for x in (t.index, t.value, t.rest)]
         spec = work.spec
         dense = None
         if t.index is None:
@@ -194,7 +193,8 @@ class Loop:
             if self.teacher_lse is not None:  # a tile's softmax would be over the tile
                 dense = dense.div_(spec.dense_temperature).sub_(self.teacher_lse[:, None]).exp_()
                 spec = spec._replace(dense_kind=DENSE_PROBS)
-        call = Call(KernelTarget(*per_row, dense, t.weight), work.ignore_index, spec)
+        target = linear_rows.rows_of(t.sparse, self.a, self.b)._replace(dense=dense)
+        call = Call(target, work.ignore_index, spec)
         return linear_rows.tile_of(call, lo, hi, self.acc) if self.tiled else call
 
     def _dense(self, lo: int, hi: int) -> Tensor:
@@ -262,7 +262,7 @@ def _row_stats(loop: Loop, extras: bool) -> Tensor:
 
 def _tile_stats(loop: Loop, extras: bool, a: int, b: int) -> Tensor:
     t, work = loop.tensors, loop.work
-    target = KernelTarget(*(None if x is None else x[a:b] for x in t.sparse[:3]), None, t.weight)
+    target = linear_rows.rows_of(t.sparse, a, b)
     sums = linear_rows.TileSums(Call(target, work.ignore_index, work.spec), extras, work.kernel)
     for lo, hi in loop.tiles():
         sums.add(loop.logits(lo, hi), loop.call(lo, hi), lo)
@@ -405,7 +405,8 @@ def _fused_rows(loop: Loop, weights: Tensor | None, mean: bool, extras: bool) ->
 
 def _row_factor(t: Tensors, work: Work, weights: Tensor | None, mean: bool, acc: torch.dtype) -> Tensor:
     """``(R,)``: what the row losses are multiplied with before they are summed."""
-    factor = t.input.new_full((t.row_count,), work.spec.scale, dtype=acc) if weights is None else weights * work.spec.scale
+    ones = t.input.new_ones((t.row_count,), dtype=acc)
+    factor = (ones if weights is None else weights) * work.spec.scale
     if not mean:
         return factor
     count = counts(t.sparse, work.ignore_index, factor)

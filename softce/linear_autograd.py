@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import linear, ops, reference
-from .autograd import transform_active
+from .autograd import _batched
 from .linear import Tensors, Work
 from .ops import COUNT, LOSS, KernelTarget, Spec, acc_dtype
 from .reduction import reduce_rows
@@ -67,7 +67,7 @@ def _stats_vjp(
     tensors: Tensors, work: Work, stats: Tensor, grad: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the statistics for each of the tensors, in their dtypes."""
-    if torch.is_grad_enabled() or transform_active():
+    if torch.is_grad_enabled() or _batched(grad):
         return _formula_vjp(tensors, work, stats.shape[0] > ops.STATS, grad, needs)
     found = iter(torch.ops.softce.linear_gradients(*tensors, *_packed(work), stats, grad, needs))
     return tuple(next(found) if need else None for need in needs)
@@ -89,7 +89,7 @@ SCHEMAS = (
     "(Tensor loss, Tensor stats, Tensor dinput, Tensor dweight, Tensor dbias)",
 )
 for _schema in SCHEMAS:
-    ops._library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    ops._library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
 
 def _unpack(args: tuple[Any, ...]) -> tuple[Tensors, Work, tuple[Any, ...]]:
@@ -143,7 +143,7 @@ for _name, _run, _fake in (
     ("linear_gradients", _run_gradients, _fake_gradients),
     ("linear_fused", _run_fused, _fake_fused),
 ):
-    ops._library.impl(_name, _run, "CompositeExplicitAutograd")
+    ops._library.impl(_name, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"softce::{_name}", _fake, lib=ops._library)
 
 
@@ -219,7 +219,7 @@ def _again(
         pairs = [(out, g) for out, g in ((loss, g_loss), (stats, g_stats)) if g is not None]
         outputs, grads = zip(*pairs, strict=True)
         if create_graph:
-            wanted = [x for x, need in zip(aliases, every, strict=True) if need]
+            wanted = [x for x, need in zip(aliases, every, strict=True) if need and x is not None]
             found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
             return tuple(next(found) if need else None for need in needs)
         (grad,) = torch.autograd.grad(outputs, source, grads)
@@ -230,7 +230,7 @@ class _Fused(torch.autograd.Function):
     """The reduced loss; the gradients of input, weight and bias are ready when forward returns."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         linear_weight: Tensor,
@@ -253,12 +253,13 @@ class _Fused(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) -> tuple[Any, ...]:
         grads, ctx.grads = ctx.grads, None
         *tensors, row_weight, stats = ctx.saved_tensors
         t = Tensors(*tensors)
         found: tuple[Tensor | None, ...] = (None,) * 3
-        if g_loss is not None and g_stats is None and grads is not None and not torch.is_grad_enabled():
+        first = grads is not None and not torch.is_grad_enabled() and not _batched(g_loss)
+        if g_loss is not None and g_stats is None and first:
             found = tuple(_scaled(g, g_loss, x) for g, x in zip(grads, t, strict=False))
         elif g_loss is not None or g_stats is not None:
             needs = ctx.needs_input_grad[:3]
@@ -281,7 +282,7 @@ def fused_loss(
     tensors: Tensors, work: Work, row_weight: Tensor | None, mean: bool, extras: bool
 ) -> tuple[Tensor, Tensor]:
     """Reduced loss and statistics of an eager call; the gradients are computed in the same go."""
-    loss, stats = _Fused.apply(*tensors[:3], tensors[3:], work, row_weight, mean, extras)
+    loss, stats = _Fused.apply(*tensors[:3], tensors[3:], work, row_weight, mean, extras)  # type: ignore[no-untyped-call]
     return loss, stats
 
 

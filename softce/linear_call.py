@@ -239,7 +239,8 @@ def loss_of(
         if offset is not None:
             loss = loss - reduced(offset, stats, call, weights, reduction)
     elif one_go:
-        loss = linear_autograd.compiled_loss(tensors, work, weights, reduction == "mean", (needs[0], needs[1], needs[2]))
+        wanted = (needs[0], needs[1], needs[2])
+        loss = linear_autograd.compiled_loss(tensors, work, weights, reduction == "mean", wanted)
     else:
         if by_formula:
             stats = linear_autograd.formula_stats(tensors, work.ignore_index, spec, ask.return_stats)

@@ -6,19 +6,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compute import Request
 from .functional import cross_entropy
-from .settings import Stats, check_types
 from .linear_call import LinearMap, Rows, autocast, loss_of
 from .linear_plan import Plan, check_budget, plan_of, work_dtype
 from .linear_targets import LinearTeacher, as_form, check_linear
 from .options import DEFAULT, Options
 from .row_losses import RowLoss
+from .settings import Stats, check_types
 from .targets import ClassProbabilities, Target, Teacher
 
 
@@ -99,24 +100,37 @@ def linear_cross_entropy(
     check_types(weight, ignore_index, label_smoothing)
     map = LinearMap(*autocast(input, linear_weight, linear_bias))
     map.check_dtypes()
-    settings = (float(label_smoothing), smoothing, temperature, softcap or 0.0, z_loss, empty)
-    extras: dict[str, Any] = {"row_loss": row_loss, "loss_dtype": loss_dtype, "return_stats": return_stats}
+    ask = Request(
+        ignore_index,
+        reduction,
+        float(label_smoothing),
+        smoothing,
+        temperature,
+        0.0 if softcap is None else softcap,
+        z_loss,
+        row_loss,
+        row_weight,
+        False,
+        loss_dtype,
+        empty,
+        return_stats,
+        options,
+    )
     if linear_weight.dim() > 2:
         if shift:
             raise ValueError(f"shift=True needs linear_weight of shape (V, H), got {list(linear_weight.shape)}")
-        names = ("label_smoothing", "smoothing", "temperature", "softcap", "z_loss", "empty")
-        extras.update(zip(names, settings, strict=True))
-        extras.update(weight=weight, reduction=reduction, ignore_index=ignore_index, row_weight=row_weight)
-        return _unfused(map, target, options, extras)
+        return _unfused(map, target, weight, ask)
     check_budget(
         options.memory_budget, linear_weight.shape[0], work_dtype(map.input.dtype, map.input.device.type)
     )
     rows = Rows(map.input, shift)
     form = rows.form(target, linear_weight.shape[0], weight, ignore_index)
-    if options.validate:
-        form.check_values()
     rows.check_row_weight(row_weight)
-    return loss_of(map, form, rows, weight, ignore_index, reduction, row_weight, options, settings, **extras)
+    if options.validate:
+        if label_smoothing < 0.0:
+            warnings.warn(f"label_smoothing must be in [0, 1], got {label_smoothing}: taken as 0", stacklevel=2)
+        form.check_values()
+    return loss_of(map, form, rows, weight, ask)
 
 
 def linear_logprobs(
@@ -181,7 +195,7 @@ def _options(options: Options | None) -> Options:
 
 
 def _unfused(
-    map: LinearMap, target: Tensor | Target, options: Options, arguments: dict[str, Any]
+    map: LinearMap, target: Tensor | Target, class_weight: Tensor | None, ask: Request
 ) -> Tensor | tuple[Tensor, Stats]:
     """K-dimensional logits, whose classes are not the products of one row: computed as a whole."""
     input, weight, bias = map
@@ -194,16 +208,17 @@ def _unfused(
         )
     if isinstance(target, LinearTeacher):
         raise RuntimeError("LinearTeacher needs linear_weight of shape (V, H); pass softce.Teacher with logits")
-    if options.explain:
+    if ask.options.explain:
         warnings.warn(
-            f"softce: linear_weight of shape {list(weight.shape)} has logits of several dimensions: they are computed as "
-            "a whole",
+            f"softce: linear_weight of shape {list(weight.shape)} has logits of several dimensions: they are computed "
+            "as a whole",
             stacklevel=3,
         )
     flat_bias = None if bias is None else bias.reshape(-1)
     logits = F.linear(input, weight.reshape(-1, weight.shape[-1]), flat_bias)
     logits = logits.reshape(input.shape[0], *weight.shape[:-1])
-    return cross_entropy(logits, target, options=options, **arguments)
+    arguments = ask._asdict()
+    return cross_entropy(logits, target, class_weight, **arguments)
 
 
 def plan(

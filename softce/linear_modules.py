@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .settings import Stats
 from .linear_functional import linear_cross_entropy
 from .modules import hold_extras, keyword_defaults
+from .settings import Stats
 from .targets import Target
 
 # What the module takes from the call, or has arguments of its own for, as torch's module does.

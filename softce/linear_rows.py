@@ -39,7 +39,7 @@ def row_stats(logits: Tensor, call: Call, extras: bool, kernel: bool) -> Tensor:
         stats: Tensor = ops.row_stats(logits, *call.target, call.ignore_index, call.spec, extras)
         return stats
     parts = [
-        reference.row_stats(logits[a:b], _rows_of(call.target, a, b), call.ignore_index, call.spec, extras)
+        reference.row_stats(logits[a:b], rows_of(call.target, a, b), call.ignore_index, call.spec, extras)
         for a, b in _steps(logits)
     ]
     return torch.cat(parts, 1)
@@ -57,7 +57,7 @@ def row_grad_(logits: Tensor, lse: Tensor, coef: Tensor, call: Call, kernel: boo
         ops.row_grad_(logits, lse, coef, *call.target, call.ignore_index, call.spec)
         return
     for a, b in _steps(logits):
-        part = call._replace(target=_rows_of(call.target, a, b))
+        part = call._replace(target=rows_of(call.target, a, b))
         logits[a:b].copy_(_plain_grad(logits[a:b], lse[a:b], coef[:, a:b], part))
 
 
@@ -66,10 +66,14 @@ def _steps(logits: Tensor) -> list[tuple[int, int]]:
     return [(a, min(a + step, logits.shape[0])) for a in range(0, logits.shape[0], step)] or [(0, 0)]
 
 
-def _rows_of(target: KernelTarget, a: int, b: int) -> KernelTarget:
+def rows_of(target: KernelTarget, a: int, b: int) -> KernelTarget:
     """Rows ``a`` to ``b`` of a target in kernel form."""
-    per_row = (None if t is None else t[a:b] for t in target[:4])
-    return KernelTarget(*per_row, weight=target.weight)
+    index, value, rest, dense, weight = target
+
+    def part(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[a:b]
+
+    return KernelTarget(part(index), part(value), part(rest), part(dense), weight)
 
 
 def _plain_grad(logits: Tensor, lse: Tensor, coef: Tensor, call: Call) -> Tensor:
@@ -173,13 +177,13 @@ class TileSums:
         mass = facts[MASS]
         logp = torch.where(dead, torch.where(mass == 0, 0.0, -torch.inf), facts[TARGET_LOGP] - mass * gap)
         entropy = torch.where(dead, 0.0, torch.exp(-gap) * (facts[ENTROPY] + gap))
-        if self.call.target.index is None:
+        index, value, *_ = self.call.target
+        if index is None:
             want = _overall(self.best_target)
         else:
-            target = self.call.target
-            value = torch.ones_like(target.index, dtype=gap.dtype) if target.value is None else target.value
-            padding = target.index == self.call.ignore_index
-            want = reference._argmax_sparse(torch.where(padding, 0, target.index), torch.where(padding, 0.0, value))
+            padding = index == self.call.ignore_index
+            value = torch.ones_like(index, dtype=gap.dtype) if value is None else value
+            want = reference._argmax_sparse(torch.where(padding, 0, index), torch.where(padding, 0.0, value))
         return [logp.sum(0), entropy.sum(0), (_overall(self.best) == want).to(gap.dtype)]
 
 
