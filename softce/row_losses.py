@@ -39,6 +39,16 @@ class RowLoss:
         return self
 
 
+def one_minus_exp(x: Tensor) -> Tensor:
+    """``1 - e^-x`` whose value is accurate where it is small and whose derivative ``e^-x`` is where that is small.
+
+    autograd takes the derivative of ``expm1`` from its result, which holds no digit of ``e^-x`` where that is tiny.
+    """
+    small = x < 0.5
+    near = torch.where(small, x, 0.0)
+    return torch.where(small, -torch.expm1(-near), 1.0 - torch.exp(-torch.where(small, 1.0, x)))
+
+
 def _range(owner: str, name: str, value: float, ok: bool, want: str) -> None:
     if not ok:
         raise ValueError(f"{owner}: {name} must be {want}, got {value}")
@@ -98,7 +108,7 @@ class Focal(RowLoss):
         # the gradient through autograd, whatever torch.where picks.
         none, endless = loss < torch.finfo(loss.dtype).tiny, loss == torch.inf
         safe = torch.where(none | endless, 1.0, loss)
-        value = torch.where(none, 0.0 * loss, (-torch.expm1(-safe)) ** self.gamma * safe)
+        value = torch.where(none, 0.0 * loss, one_minus_exp(safe) ** self.gamma * safe)
         return self.alpha * torch.where(endless, loss, value)
 
 
@@ -130,7 +140,7 @@ class LabelRelaxation(RowLoss):
             return loss
         inside = loss < -math.log1p(-a)
         safe = torch.where(inside, 1.0, loss)
-        value = (1 - a) * (math.log1p(-a) + safe) + a * (math.log(a) - torch.log(-torch.expm1(-safe)))
+        value = (1 - a) * (math.log1p(-a) + safe) + a * (math.log(a) - torch.log(one_minus_exp(safe)))
         return torch.where(inside, 0.0 * loss, value)
 
 
@@ -155,7 +165,7 @@ class GeneralizedCrossEntropy(RowLoss):
         return float(self.q), 0.0
 
     def __call__(self, loss: Tensor) -> Tensor:
-        return -torch.expm1(-self.q * loss) / self.q
+        return one_minus_exp(self.q * loss) / self.q
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,7 @@ class Poly1(RowLoss):
         return float(self.epsilon), 0.0
 
     def __call__(self, loss: Tensor) -> Tensor:
-        return loss - self.epsilon * torch.expm1(-loss)
+        return loss + self.epsilon * one_minus_exp(loss)
 
 
 def phi_of(spec: Spec) -> RowLoss | None:
