@@ -227,6 +227,11 @@ class build_ext(_build_ext):
 class bdist_wheel(_bdist_wheel):
     """One wheel for every Python: the libraries do not use Python's C interface."""
 
+    def run(self) -> None:
+        # Modules that are gone from the sources must not come back from an earlier build. Objects are kept elsewhere.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
+
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
