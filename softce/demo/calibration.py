@@ -62,7 +62,7 @@ def reliability(prob: Tensor, label: Tensor, bins: int = BINS) -> tuple[float, l
 
 
 def _digits(seed: int, noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images and labels, a share ``noise`` of them random, and held-out ones: half of the 1,797 digits each."""
+    """Training images and labels, a share ``noise`` of them random, and held-out ones: half of the digits each."""
     from sklearn.datasets import load_digits  # type: ignore[import-untyped, unused-ignore]
 
     data = load_digits()
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3, help="networks trained with each loss (default: 3)")
-    parser.add_argument("--noise", type=float, default=0.0, help="share of training labels to replace at random (default: 0)")
+    parser.add_argument("--noise", type=float, default=0.0, help="share of random training labels (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("calibration.png"), help="where the plot goes")
     options = parser.parse_args(argv)
     if options.epochs < 1 or options.seeds < 1 or not 0.0 <= options.noise < 1.0:
