@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from softce import ops
-from softce.backends import unavailable
 
-pytestmark = pytest.mark.skipif(bool(unavailable("cpu")), reason="; ".join(unavailable("cpu")))
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 R, C, B, S = 6, 7, 2, 3  # rows (R, C) and planes (B, C, S) have as many rows
 OPERATORS = {name: getattr(torch.ops.softce, name).default for name in

@@ -19,7 +19,7 @@ from softce import _library, backends, ops
 from softce._version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
-compiled = pytest.mark.skipif(bool(backends.unavailable("cpu")), reason="; ".join(backends.unavailable("cpu")))
+compiled = pytest.mark.usefixtures("cpu_kernels")
 in_source_tree = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in the source tree")
 
 

@@ -16,16 +16,15 @@ import torch
 
 import softce
 from softce import _library, ops
-from softce.backends import unavailable
 
-pytestmark = pytest.mark.skipif(bool(unavailable("cpu")), reason="; ".join(unavailable("cpu")))
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 MIB = 1 << 20
 HUGE_PAGE = 2 * MIB
 
 
 @pytest.fixture(autouse=True)
-def fresh_pool() -> Iterator[None]:
+def fresh_pool(cpu_kernels: None) -> Iterator[None]:
     gc.collect()
     before = softce.pool_stats()
     softce.empty_cache()
