@@ -15,11 +15,9 @@ from typing import Any
 
 from . import adapters, forms, linear, machine, report, targets
 from .cases import select
-from .isolate import NO_PAGE_FAULTS, ROOT, command
+from .isolate import ROOT
 from .measure import Record
 from .sections import SECTIONS, Job, Settings
-
-PAGE_FAULT_FREE = "SOFTCE_BENCH_NO_PAGE_FAULTS"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--no-page-faults",
         action="store_true",
-        help="run with an allocator that keeps its memory, for every contestant alike",
+        help="the logits section with an allocator that keeps its memory, for every contestant alike",
     )
     parse.add_argument(
         "--out", type=Path, help="folder of the results (bench/results/MACHINE; quick: bench-out/MACHINE)"
@@ -118,17 +116,9 @@ def run(jobs: Sequence[Job], settings: Settings, folder: Path, kept: Sequence[Re
     return document_of(list(records.values()), settings, facts)
 
 
-def without_page_faults(argv: Sequence[str]) -> None:
-    """Starts this program again under the allocator settings, which are read at process start only."""
-    sys.stdout.flush()
-    os.execve(sys.executable, command("bench", *argv), {**os.environ, **NO_PAGE_FAULTS, PAGE_FAULT_FREE: "1"})
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    if args.no_page_faults and not os.environ.get(PAGE_FAULT_FREE):
-        without_page_faults(argv)
     cores = machine.facts()["cores"]
     settings = Settings(
         seconds=args.seconds or (0.2 if args.quick else 4.0),

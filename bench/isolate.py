@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Work that needs a process of its own: peak memory, and timing without page faults.
+"""Measurements in a process of their own: peak memory, and timing from a heap without a history.
 
 ``python -m bench.isolate`` reads one job as JSON from standard input and writes its result to the file named there.
 """
@@ -35,7 +35,7 @@ def command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", code, *arguments]
 
 
-def run(job: dict[str, Any], env: dict[str, str] | None = None, timeout: float = 900.0) -> dict[str, Any]:
+def run(job: dict[str, Any], env: dict[str, str] | None = None, timeout: float = 3600.0) -> dict[str, Any]:
     """Runs ``job`` in a fresh interpreter; a failure comes back as ``{"error": ..}``, never as an exception."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
@@ -57,27 +57,6 @@ def run(job: dict[str, Any], env: dict[str, str] | None = None, timeout: float =
         return {"error": f"exit status {done.returncode}: {last[:300]}"}
 
 
-def _logits_case(job: dict[str, Any]) -> Any:
-    from .cases import Case
-
-    return Case(**{**job["case"], "shape": tuple(job["case"]["shape"])})
-
-
-def _suite(job: dict[str, Any]) -> tuple[Any, Any]:
-    """``(inputs, adapters)`` of a job."""
-    if job["suite"] == "linear":
-        from . import linear
-
-        return linear.make_inputs(linear.LinearCase(**job["case"])), linear.ADAPTERS
-    if job["suite"] == "forms":
-        from . import forms
-
-        return forms.make_inputs(_logits_case(job)), forms.ADAPTERS
-    from . import adapters, cases
-
-    return cases.make_inputs(_logits_case(job)), adapters.ADAPTERS
-
-
 def _memory(job: dict[str, Any]) -> dict[str, Any]:
     """Peak growth of one call over what was resident before it, inputs made and every library warm."""
     import torch
@@ -85,10 +64,12 @@ def _memory(job: dict[str, Any]) -> dict[str, Any]:
     from softce.demo.rss import PeakMeter
 
     from .adapters import entries
+    from .suites import SUITES
 
     torch.set_num_threads(job["threads"])
-    inputs, adapters = _suite(job)
-    found, skipped = entries([job["name"]], inputs, adapters)
+    suite = SUITES[job["suite"]]
+    inputs = suite.make_inputs(suite.case_of(job["case"]))
+    found, skipped = entries([job["name"]], inputs, suite.adapters)
     if skipped:
         return {"skipped": skipped[job["name"]]}
     entry = found[0]
@@ -112,9 +93,11 @@ def _empty_pools() -> None:
 
 
 def _time(job: dict[str, Any]) -> dict[str, Any]:
-    from .measure import time_case
+    from .suites import SUITES
 
-    return time_case(_logits_case(job), job["names"], seconds=job["seconds"], threads=job["threads"])
+    suite = SUITES[job["suite"]]
+    case = suite.case_of(job["case"])
+    return suite.time_case(case, job["names"], seconds=job["seconds"], threads=job["threads"])
 
 
 JOBS = {"memory": _memory, "time": _time}

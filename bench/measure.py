@@ -43,13 +43,13 @@ def record_of(
 def time_case(
     case: Case, names: Sequence[str], *, seconds: float, threads: int = 1, progress: Progress = ignore
 ) -> Record:
-    """Times the contestants ``names`` on ``case`` and holds each gradient against float64."""
+    """Times the contestants ``names`` on ``case`` and holds each gradient against float64: a wrong one has no time."""
     torch.set_num_threads(threads)
     inputs = make_inputs(case)
     found, skipped = adapters.entries(names, inputs)
     with adapters.no_recompiles(names):
-        found, accuracies, wrong = check(inputs, found)
         samples = interleave(found, seconds=seconds, on_round=progress)
+        accuracies, wrong = check(inputs, [entry for entry in found if samples[entry.name].error is None])
     record = record_of("logits", case, samples, skipped, wrong, threads=threads, bytes=case.traffic)
     for name, result in record["results"].items():
         if name in accuracies:
@@ -59,8 +59,11 @@ def time_case(
     return record
 
 
-def check(inputs: Inputs, entries: Sequence[Entry]) -> tuple[list[Entry], dict[str, accuracy.Errors], dict[str, str]]:
-    """Runs each entry once: ``(those that compute the loss, errors against float64, why not the others)``."""
+def check(inputs: Inputs, entries: Sequence[Entry]) -> tuple[dict[str, accuracy.Errors], dict[str, str]]:
+    """Runs each entry once more: errors against float64, and what is wrong with those that do not compute the loss.
+
+    After the timing, since the float64 blocks would leave free memory in the heap for some contestants to find.
+    """
     wrong: dict[str, str] = {}
     outputs = {}
     for entry in entries:
@@ -80,7 +83,7 @@ def check(inputs: Inputs, entries: Sequence[Entry]) -> tuple[list[Entry], dict[s
     for name, errors in measured.items():
         if not errors.gradient <= limit:
             wrong[name] = f"wrong gradient: relative error {errors.gradient:.1e} against float64, limit {limit:.1e}"
-    return [entry for entry in entries if entry.name not in wrong], measured, wrong
+    return measured, wrong
 
 
 def thread_scaling(

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import adapters, cases, forms, isolate, linear, measure
 from .measure import Progress, Record
+from .suites import SUITES
 
 THREADS_FROM = 1 << 22
 
@@ -39,33 +40,38 @@ class Job:
     run: Callable[..., Record]
 
 
+def _time(
+    suite: str, case: Any, names: list[str], settings: Settings, threads: int, page_faults: str, progress: Progress
+) -> Record:
+    """Times ``case`` in a process of its own, whose heap has no history; in this one where a check is all it is."""
+    if settings.quick and page_faults == "default":
+        return SUITES[suite].time_case(case, names, seconds=settings.seconds, threads=threads, progress=progress)
+    job = {"job": "time", "suite": suite, "case": dataclasses.asdict(case), "names": names, "threads": threads}
+    env = {"default": {}, "none": isolate.NO_PAGE_FAULTS}[page_faults]
+    record = isolate.run({**job, "seconds": settings.seconds}, env)
+    if "error" not in record:
+        return record
+    failed = dict.fromkeys(names, record["error"])
+    return measure.record_of("", case, {}, {}, failed, threads=threads, bytes=getattr(case, "traffic", None))
+
+
 def logits(settings: Settings) -> Iterator[Job]:
     names = settings.names(adapters.ADAPTERS)
     base = "logits" if settings.page_faults == "default" else "no-page-faults"
     for threads in settings.threads:
         section = base if threads == 1 else f"{base}, {threads} threads"
         for case in cases.all_cases(settings.quick):
-            timed = functools.partial(measure.time_case, case, names, seconds=settings.seconds, threads=threads)
+            timed = functools.partial(_time, "logits", case, names, settings, threads, settings.page_faults)
             yield Job(section, case, timed)
 
 
 def no_page_faults(settings: Settings) -> Iterator[Job]:
-    """The wide cases once more, each in a process whose allocator never gives memory back."""
+    """The wide cases once more, with an allocator that never gives memory back."""
     names = settings.names(adapters.ADAPTERS)
     shapes = ((64, 32768),) if settings.quick else ((16384, 1000), (512, 32768), (128, 131072))
     for case in cases.all_cases(settings.quick):
-        if case.shape not in shapes or case.dtype != "float32":
-            continue
-
-        yield Job("no-page-faults", case, functools.partial(_isolated_time, case, names, settings.seconds))
-
-
-def _isolated_time(case: cases.Case, names: list[str], seconds: float, progress: Progress) -> Record:
-    job = {"job": "time", "case": dataclasses.asdict(case), "names": names, "seconds": seconds, "threads": 1}
-    record = isolate.run(job, isolate.NO_PAGE_FAULTS)
-    if "error" in record:
-        return measure.record_of("", case, {}, {}, dict.fromkeys(names, record["error"]), bytes=case.traffic)
-    return record
+        if case.shape in shapes and case.dtype == "float32":
+            yield Job("no-page-faults", case, functools.partial(_time, "logits", case, names, settings, 1, "none"))
 
 
 def threads(settings: Settings) -> Iterator[Job]:
@@ -108,13 +114,13 @@ def memory(settings: Settings) -> Iterator[Job]:
 def every_form(settings: Settings) -> Iterator[Job]:
     names = settings.names(forms.ADAPTERS)
     for case in forms.all_cases(settings.quick):
-        yield Job("forms", case, functools.partial(forms.time_case, case, names, seconds=2 * settings.seconds))
+        yield Job("forms", case, functools.partial(_time, "forms", case, names, settings, 1, "default"))
 
 
 def linear_time(settings: Settings) -> Iterator[Job]:
     names = settings.names(linear.ADAPTERS)
     for case in linear.all_cases(settings.quick):
-        yield Job("linear", case, functools.partial(linear.time_case, case, names, seconds=5 * settings.seconds))
+        yield Job("linear", case, functools.partial(_time, "linear", case, names, settings, 1, "default"))
 
 
 def linear_memory(settings: Settings) -> Iterator[Job]:

@@ -138,22 +138,22 @@ def plot(runs: Sequence[Run], rows: Sequence[dict[str, Any]], path: Path) -> Non
     figure, grid = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     (curves, apart), (times, memory) = grid
     for index, run in enumerate(runs):
-        curves.plot(run.losses, label=run.label, linewidth=4 - 1.5 * index, alpha=0.8)
+        curves.plot(run.losses, label=run.label, linewidth=max(1.0, 4 - 1.5 * index), alpha=0.8)
         if index:
             floor = [max(abs(a - b), 1e-9) for a, b in zip(runs[0].losses, run.losses, strict=True)]
             apart.semilogy(floor, color=f"C{index}", label=run.label)
-    curves.set(title="training loss (nats per token)", xlabel="step")
+    curves.set(xlabel="step", ylabel="training loss, nats per token")
     curves.legend(fontsize=8)
     apart.axhline(DRIFT, color="grey", linestyle=":", label="bound")
-    apart.set(title="difference from torch's curve", xlabel="step")
+    apart.set(xlabel="step", ylabel="difference from torch's curve")
     apart.legend(fontsize=8)
     names = [row["label"] for row in rows]
     colours = [f"C{index}" for index in range(len(rows))]
     times.barh(names, [row["head_and_loss_s"] * 1e3 for row in rows], color=colours, alpha=0.35, label="output layer")
     times.barh(names, [(row["loss_s"] or 0.0) * 1e3 for row in rows], color=colours, label="loss alone")
-    times.set(title="time of output layer + loss, forward and backward (ms; dark: the loss alone)")
+    times.set(xlabel="output layer + loss, forward and backward, ms (dark: the loss alone)")
     memory.barh(names, [row["peak_bytes"] / 2**20 for row in rows], color=colours)
-    memory.set(title="peak memory of the training loop (MiB)")
+    memory.set(xlabel="peak memory of the training loop, MiB")
     for axes in (times, memory):
         axes.invert_yaxis()
     figure.savefig(path, dpi=130)
