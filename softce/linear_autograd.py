@@ -8,6 +8,7 @@ the logits, stands in for what neither gives: second derivatives, forward mode, 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ from .reduction import reduce_rows
 from .row_losses import phi_of
 
 _N = len(Tensors._fields)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """The operands have the dtypes they are to be multiplied in."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def formula_stats(tensors: Tensors, ignore_index: int, spec: Spec, extras: bool) -> Tensor:
@@ -42,7 +48,7 @@ def formula_stats(tensors: Tensors, ignore_index: int, spec: Spec, extras: bool)
         assert t.teacher_weight is not None
         dense = linear_map(t.teacher_input, t.teacher_weight, t.teacher_bias, t.target_rows)
     target = KernelTarget(t.index, t.value, t.rest, dense, t.weight)
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x):
         logits = linear_map(x, t.linear_weight, t.linear_bias, rows)
         return reference.row_stats(logits, target, ignore_index, spec, extras)
 
@@ -99,20 +105,20 @@ def _unpack(args: tuple[Any, ...]) -> tuple[Tensors, Work, tuple[Any, ...]]:
 
 def _run_stats(*args: Any) -> Tensor:
     tensors, work, (extras,) = _unpack(args)
-    with torch.no_grad(), torch.autocast(tensors.input.device.type, enabled=False):
+    with torch.no_grad(), _no_autocast(tensors.input):
         return linear.stats(tensors, work, extras)
 
 
 def _run_gradients(*args: Any) -> list[Tensor]:
     tensors, work, (stats, grad, needs) = _unpack(args)
-    with torch.no_grad(), torch.autocast(tensors.input.device.type, enabled=False):
+    with torch.no_grad(), _no_autocast(tensors.input):
         found = linear.gradients(tensors, work, stats, grad, tuple(needs))
     return [g.to(x.dtype) for g, x in zip(found, tensors, strict=True) if g is not None and x is not None]
 
 
 def _run_fused(*args: Any) -> tuple[Tensor, ...]:
     tensors, work, (row_weight, mean, needs) = _unpack(args)
-    with torch.no_grad(), torch.autocast(tensors.input.device.type, enabled=False):
+    with torch.no_grad(), _no_autocast(tensors.input):
         loss, stats, *grads = linear.fused(tensors, work, row_weight, mean, False, tuple(needs))
     return loss, stats, *(loss.new_empty(0) if g is None else g for g in grads)
 
@@ -242,12 +248,11 @@ class _Fused(torch.autograd.Function):
         extras: bool,
     ) -> tuple[Tensor, Tensor]:
         tensors = Tensors(input, linear_weight, linear_bias, *rest)
-        needs = ctx.needs_input_grad[:3]
-        with torch.autocast(input.device.type, enabled=False):
-            loss, stats, *ctx.grads = linear.fused(tensors, work, row_weight, mean, extras, needs)
+        with _no_autocast(input):
+            loss, stats, *ctx.grads = linear.fused(tensors, work, row_weight, mean, extras, ctx.needs_input_grad[:3])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, row_weight, stats)
-        ctx.work, ctx.mean = work, mean
+        ctx.work, ctx.mean, ctx.extras = work, mean, extras
         if not extras:
             ctx.mark_non_differentiable(stats)
         return loss, stats
@@ -258,12 +263,16 @@ class _Fused(torch.autograd.Function):
         *tensors, row_weight, stats = ctx.saved_tensors
         t = Tensors(*tensors)
         found: tuple[Tensor | None, ...] = (None,) * 3
-        first = grads is not None and not torch.is_grad_enabled() and not _batched(g_loss)
-        if g_loss is not None and g_stats is None and first:
-            found = tuple(_scaled(g, g_loss, x) for g, x in zip(grads, t, strict=False))
-        elif g_loss is not None or g_stats is not None:
-            needs = ctx.needs_input_grad[:3]
+        needs = ctx.needs_input_grad[:3]
+        if g_loss is None and g_stats is None:
+            pass
+        elif g_loss is None or g_stats is not None or torch.is_grad_enabled() or _batched(g_loss):
             found = _again(t, ctx.work, row_weight, ctx.mean, stats, g_loss, g_stats, needs)
+        else:
+            if grads is None:  # a second backward: the first one gave the gradients away
+                with _no_autocast(t.input):
+                    grads = linear.fused(t, ctx.work, row_weight, ctx.mean, ctx.extras, needs)[2:]
+            found = tuple(_scaled(g, g_loss, x) for g, x in zip(grads, t, strict=False))
         return (*found, *(None,) * 5)
 
 
