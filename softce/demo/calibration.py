@@ -77,7 +77,7 @@ def _digits(seed: int, noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def train(
-    arguments: dict[str, Any], seed: int, epochs: int, noise: float, tick: Callable[[], Any]
+    arguments: dict[str, Any], seed: int, epochs: int, noise: float = 0.0, tick: Callable[[], Any] = lambda: None
 ) -> tuple[Tensor, Tensor]:
     """Held-out probabilities and labels of a network trained with ``softce.cross_entropy(.., **arguments)``."""
     x, y, held_out, label = _digits(seed, noise)
