@@ -78,7 +78,8 @@ lint: $(STAMP)/extra-lint $(STAMP)/extra-test
 
 # Python itself is not built with sanitizers, so their runtime is loaded before it, with the C++ runtime whose
 # exceptions it intercepts. Python never frees all it allocates: leaks are not looked for.
-ASAN_TESTS ?= tests/test_ops.py tests/test_pool.py
+ASAN_TESTS ?= tests/test_ops.py tests/test_pool.py $(wildcard tests/test_kernels*.py) \
+	tests/test_package.py::test_sanitizers_are_awake_in_a_sanitized_build
 asan: export SOFTCE_CUDA = 0
 asan: $(STAMP)/extra-test
 	SOFTCE_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/asan

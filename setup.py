@@ -217,11 +217,15 @@ class build_ext(_build_ext):
         (output.parent / "_build.json").write_text(facts + "\n")
 
     def copy_extensions_to_source(self) -> None:
-        for ext in self.extensions:  # a library that is no longer built must not linger
-            Path(ROOT, self.get_ext_filename(ext.name)).unlink(missing_ok=True)
-        super().copy_extensions_to_source()
-        built = Path(self.build_lib, "softce/_build.json")
-        shutil.copyfile(built, ROOT / "softce/_build.json")
+        names = [self.get_ext_filename(ext.name) for ext in self.extensions]
+        for name in [*names, "softce/_build.json"]:
+            built, target = Path(self.build_lib, name), ROOT / name
+            if built.exists():
+                # Processes may be loading the old file: the new one takes its place in one step.
+                shutil.copy2(built, target.with_suffix(".new"))
+                os.replace(target.with_suffix(".new"), target)
+            else:
+                target.unlink(missing_ok=True)
 
 
 class bdist_wheel(_bdist_wheel):
