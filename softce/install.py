@@ -103,5 +103,4 @@ def installed() -> Iterator[None]:
     try:
         yield
     finally:
-        if not before:
-            uninstall()
+        install() if before else uninstall()

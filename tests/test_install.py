@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``softce.install()``: torch's own names run on softce, whoever calls them; what softce cannot take is torch's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import torch_cases
+from checks import kernel_calls, run, same
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy as imported_earlier
+
+import softce
+
+X = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+Y = torch.tensor([0, -100, 4, 2])
+
+
+@pytest.fixture(autouse=True)
+def _clean(cpu_kernels: None) -> Iterator[None]:
+    """Every test starts and ends with torch's own."""
+    softce.uninstall()
+    yield
+    softce.uninstall()
+
+
+def ran(function: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether the call ran on softce's kernels."""
+    with kernel_calls() as calls:
+        function(*args, **kwargs)
+    return bool(calls)
+
+
+# ---- in and out ----
+
+
+def test_install_and_uninstall() -> None:
+    assert not ran(F.cross_entropy, X, Y)
+    softce.install()
+    assert ran(F.cross_entropy, X, Y)
+    softce.install()  # twice is once
+    assert ran(F.cross_entropy, X, Y)
+    softce.uninstall()
+    assert not ran(F.cross_entropy, X, Y)
+    softce.uninstall()
+    assert not ran(F.cross_entropy, X, Y)
+    for _ in range(3):
+        softce.install()
+        assert ran(F.cross_entropy, X, Y)
+        softce.uninstall()
+        assert not ran(F.cross_entropy, X, Y)
+
+
+def test_installed_nests_and_undoes() -> None:
+    with softce.installed():
+        assert ran(F.cross_entropy, X, Y)
+        with softce.installed():
+            assert ran(F.cross_entropy, X, Y)
+        assert ran(F.cross_entropy, X, Y)
+    assert not ran(F.cross_entropy, X, Y)
+    softce.install()
+    with softce.installed():
+        pass
+    assert ran(F.cross_entropy, X, Y)
+    with softce.installed():
+        softce.uninstall()
+        assert not ran(F.cross_entropy, X, Y)
+    assert ran(F.cross_entropy, X, Y)
+    softce.uninstall()
+    with pytest.raises(KeyError), softce.installed():
+        raise KeyError
+    assert not ran(F.cross_entropy, X, Y)
+
+
+def test_installing_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    with softce.installed():
+        F.cross_entropy(X, Y)
+    assert not [w for w in recwarn if "kernel" in str(w.message) or "softce" in str(w.message)]
+
+
+# ---- who is served ----
+
+
+def test_every_way_to_call_it() -> None:
+    """Also functions and modules made before."""
+    made_before = nn.CrossEntropyLoss(label_smoothing=0.1)
+    ways = [
+        (F.cross_entropy, (X, Y)),
+        (imported_earlier, (X, Y)),
+        (torch.nn.functional.cross_entropy, (X, Y)),
+        (made_before, (X, Y)),
+        (nn.CrossEntropyLoss(), (X, Y)),
+        (torch.ops.aten.cross_entropy_loss, (X, Y)),
+        (torch._C._nn.cross_entropy_loss, (X, Y)),
+    ]
+    wanted = [function(*args) for function, args in ways]
+    with softce.installed():
+        for (function, args), want in zip(ways, wanted, strict=True):
+            with kernel_calls() as calls:
+                got = function(*args)
+            assert calls
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", list(torch_cases())[::5], ids=lambda c: c.name)
+def test_equal_to_softce(case: Any, dtype: torch.dtype) -> None:
+    """Installed, torch's names give softce's numbers, to the bit."""
+    input, target, kwargs = case.make("cpu", dtype)
+    upstream = 0.5 if case.reduction == "none" else None
+    want = run(softce.cross_entropy, input, target, upstream=upstream, **kwargs)
+    with softce.installed():
+        got = run(F.cross_entropy, input, target, upstream=upstream, **kwargs)
+    assert same(got[0], want[0]) and same(got[1], want[1])
+
+
+def test_training_steps_are_the_fused_kernel() -> None:
+    x = X.clone().requires_grad_()
+    with softce.installed(), kernel_calls() as calls:
+        F.cross_entropy(x, Y).backward()
+    assert calls == {"row_fused": 1}
+
+
+def test_backward_after_uninstall() -> None:
+    x = X.clone().requires_grad_()
+    with softce.installed():
+        losses = [F.cross_entropy(x, Y), F.cross_entropy(x, Y, reduction="none").sum()]
+    want = torch.autograd.grad(F.cross_entropy(x, Y), x)[0]
+    for loss, factor in zip(losses, (1, 3), strict=True):
+        torch.testing.assert_close(torch.autograd.grad(loss, x)[0], factor * want)
+
+
+def test_grad_modes_and_threads() -> None:
+    with softce.installed():
+        with torch.no_grad():
+            assert ran(F.cross_entropy, X, Y)
+        with torch.inference_mode():
+            assert ran(F.cross_entropy, X.clone(), Y)
+            assert ran(F.cross_entropy, X, Y)
+        seen: list[bool] = []
+        thread = threading.Thread(target=lambda: seen.append(torch.isfinite(F.cross_entropy(X, Y)).item()))
+        thread.start()
+        thread.join()
+        assert seen == [True]
+
+
+def test_legacy_arguments_and_positional_calls() -> None:
+    w = torch.rand(5)
+    want = F.cross_entropy(X, Y, w, None, -100, None, "sum", 0.1)
+    with softce.installed():
+        torch.testing.assert_close(F.cross_entropy(X, Y, w, None, -100, None, "sum", 0.1), want)
+        with pytest.warns(UserWarning, match="size_average"):
+            F.cross_entropy(X, Y, size_average=False)
+
+
+# ---- autocast ----
+
+
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dense", [False, True], ids=["indices", "probabilities"])
+def test_autocast(input_dtype: torch.dtype, dense: bool) -> None:
+    """Torch's dtypes; the kernels read half-precision logits as they are, and the gradient comes back in their dtype."""
+    x = X.to(input_dtype)
+    t = torch.rand(4, 5).to(input_dtype) if dense else Y
+    w = torch.rand(5)
+    for kwargs in ({}, {"weight": w.to(input_dtype)}, {"weight": w} if input_dtype != torch.float64 else {}):
+        with torch.autocast("cpu", torch.bfloat16):
+            want = run(F.cross_entropy, x, t, **kwargs)
+            with softce.installed(), kernel_calls() as calls:
+                got = run(F.cross_entropy, x, t, **kwargs)
+        assert calls
+        assert (got[0].dtype, got[1].dtype) == (want[0].dtype, want[1].dtype)
+        tolerance = {} if input_dtype in (torch.float32, torch.float64) else {"rtol": 1e-2, "atol": 1e-3}
+        torch.testing.assert_close(got, want, **tolerance)
+
+
+def test_autocast_of_what_goes_to_torch() -> None:
+    """A transform inside autocast: torch's own formula, with torch's own autocast rule."""
+
+    def loss(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(x, Y)
+
+    want = torch.func.grad_and_value(loss)(X.bfloat16())
+    with softce.installed():
+        got = torch.func.grad_and_value(loss)(X.bfloat16())
+    torch.testing.assert_close(got, want)
+
+
+# ---- what goes to torch ----
+
+
+def test_transforms_go_to_torch() -> None:
+    want = [
+        torch.func.grad(lambda x: F.cross_entropy(x, Y))(X),
+        torch.func.jvp(lambda x: F.cross_entropy(x, Y), (X,), (torch.ones_like(X),)),
+        torch.func.vmap(F.cross_entropy)(torch.stack((X, X)), torch.stack((Y, Y))),
+        torch.func.hessian(lambda x: F.cross_entropy(x, Y))(X),
+    ]
+    with softce.installed():
+        got = [
+            torch.func.grad(lambda x: F.cross_entropy(x, Y))(X),
+            torch.func.jvp(lambda x: F.cross_entropy(x, Y), (X,), (torch.ones_like(X),)),
+            torch.func.vmap(F.cross_entropy)(torch.stack((X, X)), torch.stack((Y, Y))),
+            torch.func.hessian(lambda x: F.cross_entropy(x, Y))(X),
+        ]
+    torch.testing.assert_close(got, want)
+
+
+def test_create_graph_and_second_backward() -> None:
+    results = []
+    for context in (False, True):
+        if context:
+            softce.install()
+        x = X.clone().requires_grad_()
+        loss = F.cross_entropy(x, Y)
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        results.append((grad.detach(), *torch.autograd.grad(grad.pow(2).sum(), x, retain_graph=True)))
+        loss.backward()
+        results[-1] = (*results[-1], x.grad)
+    torch.testing.assert_close(results[1], results[0])
+
+
+class Wrapped(Tensor):
+    """A tensor subclass that softce knows nothing of."""
+
+
+def test_subclasses_other_devices_and_dtypes_go_to_torch() -> None:
+    wrapped = X.as_subclass(Wrapped)
+    with softce.installed():
+        got = F.cross_entropy(wrapped, Y)
+        assert isinstance(got, Wrapped)
+        torch.testing.assert_close(torch.Tensor(got), F.cross_entropy(X, Y))
+        assert F.cross_entropy(X.to("meta"), Y.to("meta")).device.type == "meta"
+        for bad in (X.long(), X.to(torch.complex64), X.to(torch.float8_e4m3fn)):
+            with pytest.raises((NotImplementedError, RuntimeError)):
+                F.cross_entropy(bad, Y)
+
+
+def test_errors_are_torchs_types() -> None:
+    for args, kwargs in (
+        ((X, torch.tensor([0, 1])), {}),
+        ((X, Y.int()), {}),
+        ((X, torch.tensor([0, 1, 9, 2])), {}),
+        ((X, Y), {"weight": torch.rand(3)}),
+        ((X, Y), {"label_smoothing": 2.0}),
+        ((X, torch.rand(4, 5)), {"ignore_index": 2}),
+        ((X, [0, 1, 2, 3]), {}),
+    ):
+        with pytest.raises(Exception) as theirs:  # noqa: PT011
+            F.cross_entropy(*args, **kwargs)
+        with softce.installed(), pytest.raises(theirs.type):
+            F.cross_entropy(*args, **kwargs)
+
+
+# ---- torch.compile ----
+
+
+def test_compile_with_it_installed() -> None:
+    """The kernels are in the graph; what was compiled before keeps working."""
+    x = X.clone().requires_grad_()
+    model = nn.Linear(5, 7)
+    want = F.cross_entropy(model(x), Y)
+    (want_grad,) = torch.autograd.grad(want, x)
+    torch._dynamo.reset()
+    with softce.installed():
+        compiled = torch.compile(lambda x: F.cross_entropy(model(x), Y), backend="aot_eager", fullgraph=True)
+        loss = compiled(x)
+        torch.testing.assert_close(loss, want)
+        torch.testing.assert_close(torch.autograd.grad(loss, x)[0], want_grad)
+        assert ran(lambda: compiled(x).backward())
+    torch.testing.assert_close(compiled(x), want)
+    torch._dynamo.reset()
+
+
+# ---- a script that knows nothing of it ----
+
+SCRIPT = """
+import sys
+import torch
+from torch.nn.functional import cross_entropy
+
+x = torch.randn(6, 9, requires_grad=True)
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    cross_entropy(x, torch.arange(6)).backward()
+names = {event.name for event in profile.events()}
+print("ARGS", sys.argv[1:], __name__)
+print("FUSED", "softce::row_fused" in names)
+"""
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_python_m_softce_run(tmp_path: Path, as_module: bool) -> None:
+    (tmp_path / "job.py").write_text(textwrap.dedent(SCRIPT))
+    name = ["-m", "job"] if as_module else ["job.py"]
+    result = subprocess.run(
+        [sys.executable, "-m", "softce", "run", *name, "--epochs", "3"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(softce.__file__).parent.parent)},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "ARGS ['--epochs', '3'] __main__" in result.stdout
+    assert "FUSED True" in result.stdout
+
+
+def test_run_passes_on_exit_status_and_errors(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text("raise SystemExit(7)")
+    command = [sys.executable, "-m", "softce", "run"]
+    root = {**os.environ, "PYTHONPATH": str(Path(softce.__file__).parent.parent)}
+    assert subprocess.run([*command, "job.py"], cwd=tmp_path, env=root, check=False).returncode == 7
+    missing = subprocess.run([*command, "nothing.py"], cwd=tmp_path, env=root, capture_output=True, text=True, check=False)
+    assert missing.returncode != 0 and "nothing.py" in missing.stderr
