@@ -73,10 +73,15 @@ class Compiled(NamedTuple):
     programs: int
 
     def spills(self) -> int:
-        """Bytes of stack (NVIDIA) or spilled registers (AMD)."""
+        """What goes to memory: bytes of stack (NVIDIA), spilled vector registers and bytes of scratch (AMD).
+
+        AMD's scalar registers, which hold masks here, spill to lanes of vector registers.
+        """
         if "cubin" not in self.kernel.asm:
             text = self.kernel.asm["amdgcn"]
-            return sum(int(n) for n in re.findall(r"\.(?:sgpr|vgpr)_spill_count:\s+(\d+)", text))
+            found = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
+            assert len(found) == 2, found
+            return sum(map(int, found))
         usage = self._tool("cuobjdump", "-res-usage")
         return int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])  # type: ignore[index]
 
@@ -219,7 +224,7 @@ EVERY = [
 
 # Every entry of the table once, in the type that takes most of it.
 ENTRIES = [
-    Variant("row_fused", shape, F32, forms[-1] if kind == configs.EXTRAS else forms[0], kind == configs.EXTRAS)
+    Variant("row_fused", shape, F32, "weighted" if kind == configs.EXTRAS else forms[0], kind == configs.EXTRAS)
     for kind, forms in FORMS.items()
     for shape in table_shapes(kind)
 ]

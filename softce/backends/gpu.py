@@ -48,7 +48,7 @@ class Faster(NamedTuple):
 FASTER: tuple[Faster, ...] = ()
 
 _local = threading.local()
-_library: torch.library.Library | None = None
+_registered: dict[str, torch.library.Library] = {}
 
 
 @contextmanager
@@ -214,7 +214,7 @@ def check(logits: Tensor, target: KernelTarget, **per_row: Tensor | None) -> Non
         _want("coef", coef, device, acc, 2 if coef.dim() == 2 and coef.shape[0] == 2 else 3, rows)
 
 
-def check_in_place(logits: Tensor, *others: Tensor | None) -> None:
+def check_in_place(logits: Tensor, **others: Tensor | None) -> None:
     """A gradient written over the logits needs every element at its own address, and no other argument there.
 
     Raises:
@@ -226,9 +226,9 @@ def check_in_place(logits: Tensor, *others: Tensor | None) -> None:
         if stride <= reach:
             _fail(f"in place, logits of shape {tuple(logits.shape)} must not overlap themselves (expanded logits?)")
         reach += stride * (size - 1)
-    for other in others:
+    for name, other in others.items():
         if other is not None and logits.numel() and other.numel() and _overlap(logits, other):
-            _fail("in place, no other argument must share memory with the logits")
+            _fail(f"in place, {name} must not share memory with the logits")
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
@@ -254,7 +254,7 @@ def _implementation(operator: str) -> Callable[..., Any]:
         extras = not grad and bool(arguments[-1])
         check(logits, target, **given)
         if in_place:
-            check_in_place(logits, *target, *given.values())
+            check_in_place(logits, **target._asdict(), **given)
         backend = _module(choose(operator, logits, target, spec, extras))
         with torch.cuda.device_of(logits):
             return getattr(backend, operator)(logits, *arguments)
@@ -268,8 +268,7 @@ def register(key: str = "CUDA") -> None:
 
     ``key`` is another dispatch key only where the Triton kernels run in the interpreter, on CPU tensors.
     """
-    global _library
-    if _library is None:
-        _library = torch.library.Library("softce", "IMPL")
+    if key not in _registered:
+        library = _registered[key] = torch.library.Library("softce", "IMPL")
         for operator in OPERATORS:
-            _library.impl(operator, _implementation(operator), key)
+            library.impl(operator, _implementation(operator), key)

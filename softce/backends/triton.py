@@ -12,6 +12,7 @@ A class out of range cannot raise without waiting: the loss and the gradient of 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections import Counter
 from typing import Any, NamedTuple
@@ -27,15 +28,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTERPRETED_SMS = 2
 
 
-@functools.cache
-def _import_error() -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton cannot be imported: {error} (pip install triton)"
-    return None
-
-
 def interpreted() -> bool:
     """True where the kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -44,10 +36,9 @@ def interpreted() -> bool:
 def reasons() -> list[str]:
     """Why the kernels cannot run on this machine; empty if they can. Registers the operators then."""
     found = []
-    error = _import_error()
-    if error:
-        found.append(error)
-    if not torch.cuda.is_available() and not interpreted():
+    if importlib.util.find_spec("triton") is None:
+        found.append("triton is not installed (pip install triton)")
+    if not torch.cuda.is_available():
         why = "this torch has no GPU support" if _cpu_only() else "no device or no driver"
         found.append(f"torch sees no GPU: {why}")
     if not found:
