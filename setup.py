@@ -40,9 +40,13 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *WARNINGS]
 OPTIMIZE = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 ISA_FLAGS = {
-    "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/cpu/kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "csrc/cpu/kernels_avx2.cpp": AVX2,
+    "csrc/cpu/kernels_avx512.cpp": AVX512,
+    "csrc/cpu/binary_avx2.cpp": AVX2,
+    "csrc/cpu/binary_avx512.cpp": AVX512,
 }
 
 
@@ -158,8 +162,10 @@ def build_cpu(output: Path) -> dict[str, object]:
     torch, torch_version = torch_facts()
     sanitize = os.environ.get("SOFTCE_SANITIZE") == "1"
     flags = [*COMMON, *(SANITIZE if sanitize else OPTIMIZE), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    own = {**ISA_FLAGS, "csrc/ops.cpp": torch_flags(torch, flags)}
-    sources = ["csrc/ops.cpp", "csrc/pool.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/kernels_baseline.cpp"]
+    operators = ["csrc/ops.cpp", "csrc/binary_ops.cpp"]
+    own = {**ISA_FLAGS, **{source: torch_flags(torch, flags) for source in operators}}
+    baseline = ["csrc/cpu/kernels_baseline.cpp", "csrc/cpu/binary_baseline.cpp"]
+    sources = [*operators, "csrc/pool.cpp", "csrc/cpu/dispatch.cpp", *baseline]
     sources = [*(ISA_FLAGS if X86 else []), *sources]  # the slowest to compile first
     kind = "asan" if sanitize else "cpu"
     units = [unit(source, [*cxx, *flags, *own.get(source, [])], kind) for source in sources]

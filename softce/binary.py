@@ -4,14 +4,12 @@
 An element's logit ``x``, target ``t`` and weights ``w``, ``v`` (``weight``, ``pos_weight``)::
 
     t' = (1 - e) * t + e / 2                                     e = label_smoothing
-    l  = w * ((1 - t') * x + (1 + (v - 1) * t') * softplus(-x))
-       = -w * (v * t' * log sigmoid(x) + (1 - t') * log sigmoid(-x))
-    dl/dx = w * ((1 - t') - (1 + (v - 1) * t') * sigmoid(-x))
+    l  = -w * (v * t' * log sigmoid(x) + (1 - t') * log sigmoid(-x))
+    dl/dx = w * ((1 - t') * sigmoid(x) - v * t' * sigmoid(-x))
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,13 +17,29 @@ from torch import Tensor, nn
 from torch.nn import _reduction
 
 from . import validate
-from .dispatch import is_plain, transform_active
+from .dispatch import is_plain, reasons_against_kernels, transform_active
 from .ops import acc_dtype
 from .options import DEFAULT, Options
 
-# Elements of one piece: a piece and everything computed from it stay in the cache, so that memory is read and written
-# once. The size does not depend on the number of threads, nor does any sum.
-_PIECE = 1 << 16
+_REPEAT = 2048  # a short weight is repeated to at least this length, so that the kernel meets its end seldom
+
+# In one pass over the input: scale * sum of the losses, and its gradient for the input. All tensors are flat; a weight
+# (L,) repeats along the input (n,). The target has the input's dtype or the accumulation dtype, the weights the latter.
+_library = torch.library.Library("softce", "FRAGMENT")
+_library.define(
+    "binary_fused(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, float[] mix, float scale, "
+    "bool gradient) -> (Tensor loss, Tensor grad)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("softce::binary_fused", lib=_library)
+def _(input, target, weight, pos_weight, mix, scale, gradient):  # type: ignore[no-untyped-def]
+    grad = input.new_empty(input.shape if gradient else (0,))
+    return input.new_empty((), dtype=acc_dtype(input.dtype)), grad
+
+
+_binary_fused = torch.ops.softce.binary_fused.default
 
 
 def binary_cross_entropy_with_logits(
@@ -41,7 +55,7 @@ def binary_cross_entropy_with_logits(
     loss_dtype: torch.dtype | None = None,
     options: Options | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.binary_cross_entropy_with_logits`` with label smoothing, and one pass on CPU.
+    """``torch.nn.functional.binary_cross_entropy_with_logits`` with label smoothing; on CPU in one pass.
 
     The formula stands at the top of :mod:`softce.binary`. Half precision computes in float32 and rounds once.
 
@@ -55,7 +69,8 @@ def binary_cross_entropy_with_logits(
         pos_weight: broadcastable to the input's shape, as ``(C,)`` for ``(N, C)``; multiplies the positive part.
         label_smoothing: e in [0, 1]: moves every target towards 1/2, ``(1 - e) * t + e / 2``.
         loss_dtype: dtype of the loss; by default the promoted dtype of all tensors.
-        options: :class:`softce.Options`; ``validate`` is used.
+        options: :class:`softce.Options`: ``backend`` (the compiled CPU kernel serves ``mean`` and ``sum``; everything
+            else is the plain formula) and ``validate``.
 
     Raises:
         ValueError: a target of another shape, a bad ``reduction``.
@@ -84,28 +99,31 @@ def binary_cross_entropy_with_logits(
         promoted = torch.promote_types(promoted, x.dtype)
     for name in ("weight", "pos_weight"):
         _check_broadcast(name, tensors[name], input)
-    if (DEFAULT if options is None else options).validate:
+    options = DEFAULT if options is None else options
+    if options.validate:
         validate.check_binary(target)
 
     mixed = (1.0 - label_smoothing, 0.5 * label_smoothing)
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors.values())
     others = any(x is not None and x.requires_grad for x in (target, weight, pos_weight))
-    acc = acc_dtype(promoted)
-    in_pieces = (
-        is_plain(input)
-        and input.device.type == "cpu"  # pieces of cache size would starve a GPU
-        and not transform_active()
-        and reduction != "none"
+    in_one_pass = (
+        reduction != "none"
         and input.numel() > 0
-        and not others
-        and input.dtype is not torch.float16  # a mean's gradient would underflow before a loss scaler multiplies it
+        and not (wants_gradient and others)
+        and is_plain(input)
+        and input.device.type == "cpu"
+        and options.backend in ("auto", "cpu")
+        and not reasons_against_kernels(input)
+        # A mean's gradient would underflow in float16 before a loss scaler multiplies it.
+        and not (wants_gradient and input.dtype is torch.float16)
     )
-    if in_pieces:
+    if in_one_pass:
         scale = 1.0 / input.numel() if reduction == "mean" else 1.0
-        arguments = (input, target, weight, pos_weight, mixed, scale, acc)
-        loss = _Fused.apply(*arguments) if wants_gradient else _pieces(*arguments, gradient=False)[0]
+        source = input.to(promoted) if promoted is torch.float64 else input
+        arguments = (source, target, weight, pos_weight, mixed, scale)
+        loss = _Fused.apply(*arguments) if wants_gradient else _run(*arguments, gradient=False)[0]
     else:
-        loss = formula(input, target, weight, pos_weight, mixed, acc)
+        loss = formula(input, target, weight, pos_weight, mixed, acc_dtype(promoted))
         loss = loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
     return loss.to(promoted if loss_dtype is None else loss_dtype)
 
@@ -135,80 +153,49 @@ def formula(
     x, t = input.to(acc), target.to(acc)
     if mixed != (1.0, 0.0):
         t = mixed[0] * t + mixed[1]
-    softplus = -nn.functional.logsigmoid(x)  # of -x
-    scaled = softplus if pos_weight is None else (1.0 + (pos_weight.to(acc) - 1.0) * t) * softplus
-    loss = (1.0 - t) * x + scaled
+    log_sigmoid = nn.functional.logsigmoid
+    pull = t if pos_weight is None else pos_weight.to(acc) * t
+    loss = -(pull * log_sigmoid(x) + (1.0 - t) * log_sigmoid(-x))
     return loss if weight is None else weight.to(acc) * loss
 
 
-def _slices(input: Tensor) -> Iterator[tuple[slice, ...]]:
-    """Index tuples of the pieces of ``input``, cut along its outermost dimension and, where needed, the next ones."""
-    if input.numel() <= _PIECE or not input.dim():
-        yield (...,)  # type: ignore[misc]
-        return
-    dim = max(range(input.dim()), key=lambda d: (input.stride(d) if input.shape[d] > 1 else 0, -d))
-    step = max(1, _PIECE * input.shape[dim] // input.numel())
-    head = (slice(None),) * dim
-    for i in range(0, input.shape[dim], step):
-        piece = (*head, slice(i, i + step))
-        if step == 1 and input.numel() // input.shape[dim] > _PIECE:
-            for inner in _slices(input[(*head, i)]):
-                yield (*head, i, *inner)  # type: ignore[misc]
-        else:
-            yield piece
+def _weights(x: Tensor | None, input: Tensor, acc: torch.dtype) -> Tensor | None:
+    """A weight in the kernel's form: ``(L,)`` in ``acc``, which repeats along the flat input."""
+    if x is None:
+        return None
+    x = x.detach().to(acc)
+    if x.numel() == 1:
+        return x.reshape(1).expand(_REPEAT).contiguous()
+    while x.dim() and x.shape[0] == 1:
+        x = x[0]
+    if x.shape != input.shape[input.dim() - x.dim() :]:  # it broadcasts within the input's last dimensions
+        return x.expand(input.shape).reshape(-1).contiguous()
+    flat = x.reshape(-1)
+    return flat.repeat(-(-_REPEAT // flat.numel())) if flat.numel() < _REPEAT else flat.contiguous()
 
 
-def _pieces(
+def _run(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     pos_weight: Tensor | None,
     mixed: tuple[float, float],
     scale: float,
-    acc: torch.dtype,
-    *,
     gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """``scale`` times the sum of the losses, and its gradient for the input."""
-    weight = None if weight is None else weight.expand(input.shape)
-    pos_weight = None if pos_weight is None else pos_weight.expand(input.shape)
-    grad = torch.empty_like(input) if gradient else None
-    sums = []
-    for at in _slices(input):
-        x, t = input[at].to(acc), target[at].to(acc)
-        if mixed != (1.0, 0.0):
-            t = mixed[0] * t + mixed[1]
-        decay = torch.exp(-torch.abs(x))  # sigmoid and softplus share it
-        left = 1.0 - t
-        loss = torch.log1p(decay).add_(torch.relu(-x))
-        slope = None
-        if grad is not None:
-            # sigmoid(-x) = d / (1 + d) for x >= 0 and 1 / (1 + d) below, with d = exp(-|x|)
-            slope = torch.where(x >= 0, decay, 1.0).div_(decay.add_(1.0))
-        if pos_weight is not None:
-            more = (pos_weight[at].to(acc) - 1.0) * t + 1.0
-            loss.mul_(more)
-            slope = None if slope is None else slope.mul_(more)
-        loss.addcmul_(left, x)
-        if weight is not None:
-            w = weight[at].to(acc)
-            loss.mul_(w)
-        if grad is not None and slope is not None:
-            slope = left.sub_(slope)
-            if weight is not None:
-                slope.mul_(w)
-            grad[at].copy_(slope.mul_(scale) if scale != 1.0 else slope)
-        sums.append(_sum(loss))
-    total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-    return (total * scale).to(acc), grad
-
-
-def _sum(x: Tensor) -> Tensor:
-    """The sum in float64, of the same bits whatever the number of threads: each partial sum belongs to one thread."""
-    flat = x.reshape(-1)
-    whole = flat.numel() // 1024 * 1024
-    parts = flat[:whole].view(-1, 1024).sum(1, dtype=torch.float64)
-    return parts.sum() + flat[whole:].sum(dtype=torch.float64)
+) -> tuple[Tensor, Tensor]:
+    """``scale`` times the sum of the losses, and its gradient for the input (empty where it is not wanted)."""
+    acc = acc_dtype(input.dtype)
+    target = target if target.dtype in (input.dtype, acc) else target.to(acc)
+    loss, grad = _binary_fused(
+        input.detach().reshape(-1).contiguous(),
+        target.detach().reshape(-1).contiguous(),
+        _weights(weight, input, acc),
+        _weights(pos_weight, input, acc),
+        mixed,
+        scale,
+        gradient,
+    )
+    return loss, grad.view(input.shape) if gradient else grad
 
 
 class _Fused(torch.autograd.Function):
@@ -223,11 +210,10 @@ class _Fused(torch.autograd.Function):
         pos_weight: Tensor | None,
         mixed: tuple[float, float],
         scale: float,
-        acc: torch.dtype,
     ) -> Tensor:
-        loss, ctx.grad = _pieces(input, target, weight, pos_weight, mixed, scale, acc, gradient=True)
+        loss, ctx.grad = _run(input, target, weight, pos_weight, mixed, scale, gradient=True)
         ctx.save_for_backward(input, target, weight, pos_weight)
-        ctx.mixed, ctx.scale, ctx.acc = mixed, scale, acc
+        ctx.mixed, ctx.scale = mixed, scale
         return loss
 
     @staticmethod
@@ -237,18 +223,17 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled() or transform_active():
             with torch.enable_grad():
                 x = input.view_as(input)
-                loss = formula(x, target, weight, pos_weight, ctx.mixed, ctx.acc).sum() * ctx.scale
+                loss = formula(x, target, weight, pos_weight, ctx.mixed, acc_dtype(x.dtype)).sum() * ctx.scale
                 (grad,) = torch.autograd.grad(loss, x, upstream, create_graph=True)
-            return grad, *(None,) * 6
+            return grad, *(None,) * 5
         factor, arguments = upstream.item(), (input, target, weight, pos_weight, ctx.mixed)
         if input.element_size() == 2 and factor != 1.0:  # scaled before it is rounded
-            grad = _pieces(*arguments, ctx.scale * factor, ctx.acc, gradient=True)[1]
+            grad = _run(*arguments, ctx.scale * factor, gradient=True)[1]
         else:
             if grad is None:  # a second backward
-                grad = _pieces(*arguments, ctx.scale, ctx.acc, gradient=True)[1]
-            assert grad is not None
+                grad = _run(*arguments, ctx.scale, gradient=True)[1]
             grad = grad if factor == 1.0 else grad.mul_(factor)
-        return grad, *(None,) * 6
+        return grad, *(None,) * 5
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):

@@ -13,7 +13,8 @@ What it costs:
   beyond them is found in the loss, and only then looked for.
 - *top-k entries and mixing weights*: in full; they are small beside the logits.
 
-A warning comes once for each line of the caller's code and shape of the input.
+Warnings point at the caller's line, and Python shows each once a line unless told otherwise. That of a softmax output
+is given once for each line, shape and dtype whatever Python is told.
 """
 
 from __future__ import annotations
@@ -69,8 +70,7 @@ def check_logits(input: Tensor, name: str = "input", hint: str = _INPUT_HINT) ->
     _warn(
         f"{name} looks like the output of a softmax: its rows are in [0, 1] and sum to 1. Logits are expected, whose "
         f"softmax is computed here: {hint}",
-        f"softmax {name}",
-        input,
+        once=(name, tuple(input.shape), input.dtype),
     )
 
 
@@ -104,12 +104,12 @@ def check_probabilities(prob: Tensor, name: str = "target", hint: str = _TARGET_
     if low >= -_ROUNDING:
         return
     if low != low:
-        _warn(f"{name} holds nan: class probabilities must be numbers", "nan", prob)
+        if t.numel() > FULL:
+            return  # found in the loss
+        _warn(f"{name} holds nan: class probabilities must be numbers")
     else:
         _warn(
-            f"{name} holds negative values (down to {low:.4g}) where class probabilities are expected: {hint}",
-            "negative",
-            prob,
+            f"{name} holds negative values where class probabilities are expected: {hint}",
         )
 
 
@@ -122,16 +122,16 @@ def check_binary(target: Tensor) -> None:
         t = t.reshape(-1)[:_ROW] if t.is_contiguous() else t[0, ..., :_ROW] if t.dim() > 1 else t[:_ROW]
     low, high = (float(v) for v in torch.aminmax(t))
     if not (low >= -_ROUNDING and high <= 1.0 + 1e-2):
-        found = "nan" if low != low else f"values from {low:.4g} to {high:.4g}"
-        _warn(f"target holds {found} where probabilities of the positive class are expected", "binary", target)
+        found = "nan" if low != low else "values outside [0, 1]"
+        _warn(f"target holds {found} where probabilities of the positive class are expected")
 
 
 def find_nan(loss: Tensor, dense: Tensor) -> None:
     """Warn if ``loss`` is nan because the dense target is; for targets that were looked at in part only."""
-    if dense.numel() <= FULL or loss.dim() or not may_look(loss) or not may_look(dense):
+    if dense.numel() <= FULL or not may_look(loss) or not may_look(dense):
         return
-    if loss.item() != loss.item() and bool(torch.isnan(dense.detach()).any()):
-        _warn("target holds nan, so the loss is nan", "nan", dense)
+    if bool(loss.detach().isnan().any()) and bool(torch.isnan(dense.detach()).any()):
+        _warn("target holds nan, so the loss is nan")
 
 
 def min_of(parts: list[Tensor]) -> float:
@@ -153,12 +153,14 @@ def _sample(x: Tensor) -> list[Tensor]:
     return rows
 
 
-def _warn(message: str, topic: str, x: Tensor) -> None:
-    """Warn at the caller's line, once for this line, topic, shape and dtype."""
+def _warn(message: str, once: tuple[object, ...] | None = None) -> None:
+    """Warn at the caller's line; with ``once``, a single time for this line and key."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("softce", "torch"):
         level, frame = level + 1, frame.f_back
-    key = (frame.f_code.co_filename, frame.f_lineno, topic, tuple(x.shape), x.dtype)
-    if key not in _warned:
+    if once is not None:
+        key = (frame.f_code.co_filename, frame.f_lineno, *once)
+        if key in _warned:
+            return
         _warned.add(key)
-        warnings.warn(f"softce: {message}", stacklevel=level)
+    warnings.warn(f"softce: {message}", stacklevel=level)
