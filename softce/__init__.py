@@ -6,7 +6,7 @@ from __future__ import annotations
 from ._library import empty_cache, pool_stats
 from ._version import __version__
 from .binary import BCEWithLogitsLoss, binary_cross_entropy_with_logits
-from .functional import Stats, cross_entropy
+from .functional import cross_entropy
 from .install import install, installed, uninstall
 from .linear_functional import LogProbs, linear_cross_entropy, linear_logprobs, plan
 from .linear_modules import LinearCrossEntropyLoss
@@ -22,6 +22,7 @@ from .losses import (
 from .modules import CrossEntropyLoss
 from .options import Options
 from .row_losses import Focal, GeneralizedCrossEntropy, LabelRelaxation, Poly1
+from .settings import Stats
 from .targets import Mixup, Teacher, TopK
 
 __all__ = [

@@ -148,7 +148,7 @@ class _InplaceRowStats(torch.autograd.Function):
         return stats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         logits, call, (stats,) = _restore(ctx)
         assert stats is not None
         needs = (True, False, False, False, False, False)
@@ -159,7 +159,7 @@ def row_stats(logits: Tensor, call: Call, extras: bool, inplace: bool = False) -
     """Differentiable ``softce::row_stats``."""
     if inplace and logits.requires_grad and torch.is_grad_enabled():
         if any(t is not None and t.requires_grad for t in call.target):
-            raise RuntimeError("Options(inplace=True) needs a target that requires no gradient: it is read after the logits")
+            raise RuntimeError("Options(inplace=True): the target must not require grad, it is read after the logits")
         return _InplaceRowStats.apply(logits, call, extras)  # type: ignore[no-any-return]
     return ops.row_stats(logits, *call.target, call.ignore_index, call.spec, extras)  # type: ignore[no-any-return]
 
@@ -206,12 +206,13 @@ class _Fused(torch.autograd.Function):
             return _vjp_by_statistics(ctx, g_loss, g_stats), None
         if dlogits is None:  # a second backward: the first one gave the gradient away
             logits, call, (row_weight, _) = _restore(ctx)
-            dlogits = ops.row_fused(logits, *call.target, row_weight, call.ignore_index, call.spec, ctx.mean, ctx.extras)[1]
+            arguments = (logits, *call.target, row_weight, call.ignore_index, call.spec, ctx.mean, ctx.extras)
+            dlogits = ops.row_fused(*arguments)[1]
         return dlogits if factor == 1.0 else dlogits.mul_(g_loss), None
 
 
 def _batched(grad: Tensor | None) -> bool:
-    """True for gradients under ``torch.func`` or ``torch.autograd.grad(is_grads_batched=True)``: they have no one value."""
+    """True for gradients under ``torch.func`` or ``autograd.grad(is_grads_batched=True)``: they have no one value."""
     return transform_active() or (grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad))
 
 
@@ -278,10 +279,10 @@ class _Overwritten(torch.autograd.Function):
         return logits
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         if grad is None:
             return None
         raise RuntimeError(
-            "softce: these logits were overwritten by their gradient (Options(inplace=True)) and used again afterwards; "
-            "use them before the loss, or use inplace=False"
+            "softce: these logits were overwritten by their gradient (Options(inplace=True)) and used again "
+            "afterwards; use them before the loss, or use inplace=False"
         )

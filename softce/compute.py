@@ -113,7 +113,9 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
     try:
         if one_pass:
             with_stats = ask.return_stats or offset is not None
-            loss, stats = fused_loss(logits, call, rows, reduction == "mean", with_stats, ask.options.inplace)
+            loss, found = fused_loss(logits, call, rows, reduction == "mean", with_stats, ask.options.inplace)
+            if found is not None:
+                stats = found
             if offset is not None:
                 loss = loss - reduced(offset, stats, call, rows, reduction)
         else:
@@ -136,8 +138,8 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
         loss = loss.to(loss_dtype)
     if not ask.return_stats:
         return loss
-    per_row_stats = [stats[i].reshape(layout.row_shape) for i in (LSE, TARGET_LOGP, ENTROPY)]
-    return loss, Stats(*per_row_stats, (stats[CORRECT] != 0).reshape(layout.row_shape))
+    lse, logp, entropy, correct = (stats[i].reshape(layout.row_shape) for i in (LSE, TARGET_LOGP, ENTROPY, CORRECT))
+    return loss, Stats(lse, logp, entropy, correct != 0)
 
 
 def _wants_grad(target: KernelTarget, rows: Tensor | None) -> bool:

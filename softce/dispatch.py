@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which way a call takes: the kernels, or the plain PyTorch formula. Looks at devices, types and options, never at data."""
+"""Which way a call takes: the kernels or the plain formula. Looks at devices, types and options, never at data."""
 
 from __future__ import annotations
 

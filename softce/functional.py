@@ -104,7 +104,8 @@ def cross_entropy(
         raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
     if not isinstance(input, Tensor):
         raise TypeError(f"cross_entropy: input must be Tensor, not {type(input).__name__}")
-    if weight is row_loss is row_weight is loss_dtype is options is None and not (from_probs or return_stats):
+    plain = weight is None and row_loss is None and row_weight is None and loss_dtype is None and options is None
+    if plain and not (from_probs or return_stats):
         settings = (smoothing, temperature, softcap or 0.0, z_loss)
         quick = quick_loss(input, target, ignore_index, reduction, label_smoothing, settings, empty)
         if quick is not None:

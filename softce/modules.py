@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .functional import Stats, cross_entropy
+from .functional import cross_entropy
+from .settings import Stats
 from .targets import Target
 
 

@@ -52,7 +52,7 @@ class Spec(NamedTuple):
 class KernelTarget(NamedTuple):
     """A target in kernel form: sparse (``index`` set) or dense (``dense`` set), with the class weights."""
 
-    index: Tensor | None = None  # int64 (R, K)
+    index: Tensor | None = None  # type: ignore[assignment]  # int64 (R, K)
     value: Tensor | None = None  # acc (R, K); None: 1
     rest: Tensor | None = None  # acc (R,); None: 0
     dense: Tensor | None = None  # like the logits; dtype of the logits or acc

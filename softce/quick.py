@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The short way of the plainest training call: float32 logits ``(N, C)`` on the CPU, class indices, mean or sum.
 
-At a few rows of a few classes the arithmetic is nothing and every Python object on the way is felt. This way makes none
-of those that the general one needs. It only decides whether it can take a call; what it cannot take, errors included, is
-the general way's.
+At a few rows of a few classes the arithmetic is nothing and every Python object on the way is felt. This way makes
+none of those that the general one needs. It only decides whether it can take a call; what it cannot take, errors
+included, is the general way's.
 """
 
 from __future__ import annotations

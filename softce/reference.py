@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The specification: the row equation in plain PyTorch, differentiable any number of times.
 
-It is what the kernels are held against, what runs where no kernel can (``create_graph``, forward-mode AD, ``torch.func``
-transforms, devices without a kernel), and the place to read what softce computes. With ``x`` a row of logits over C
-classes::
+It is what the kernels are held against, what runs where no kernel can (``create_graph``, forward-mode AD,
+``torch.func`` transforms, devices without a kernel), and the place to read what softce computes. With ``x`` a row of
+logits over C classes::
 
     y   = softcap * tanh(x / softcap) / temperature        (softcap = 0: y = x / temperature)
     lse = logsumexp(y),  p = exp(y - lse)

@@ -66,18 +66,19 @@ def make_spec(
     if empty not in ("nan", "zero"):
         raise ValueError(f"empty must be 'nan' or 'zero', got {empty!r}")
     if e == 0.0 or classes == 0:
-        mix = (1.0 - e, 0.0)
+        mix_a, mix_b = 1.0 - e, 0.0
     elif smoothing == "uniform":
-        mix = (1.0 - e, e / classes)
+        mix_a, mix_b = 1.0 - e, e / classes
     else:
         share = e / (classes - 1) if classes > 1 else 0.0
-        mix = (1.0 - e - share, share)
-    phi: tuple[float, ...] = (PHI_IDENTITY, 0.0, 0.0)
+        mix_a, mix_b = 1.0 - e - share, share
+    phi, p0, p1 = PHI_IDENTITY, 0.0, 0.0
     if row_loss is not None:
-        phi = (row_loss.phi, *row_loss.parameters())
+        phi, (p0, p1) = row_loss.phi, row_loss.parameters()
         scale *= row_loss.factor
+    zero = float(empty == "zero")
     return Spec(
-        *mix, temperature, softcap, z_loss, *phi, dense_kind, dense_temperature, scale, float(empty == "zero")
+        mix_a, mix_b, temperature, softcap, z_loss, phi, p0, p1, dense_kind, dense_temperature, scale, zero
     )
 
 

@@ -40,7 +40,7 @@ def target_entropy(target: KernelTarget, ignore_index: int, spec: Spec, acc: tor
 
         def entropy(t: Tensor) -> Tensor:
             each = torch.special.entr(spec.mix_a * t + spec.mix_b)
-            return each.sum(1) if weight is None else each @ weight
+            return each.sum(1) if weight is None else torch.mv(each, weight)
 
         return _over_dense(target, spec, acc, entropy)
 

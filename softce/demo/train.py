@@ -82,7 +82,7 @@ def _step_loss(contestant: Contestant, model: SmallLM, tokens: Tensor, target: T
         stamps[name] = time.perf_counter()
 
     def stamped(x: Tensor, name: str) -> Tensor:
-        x.register_hook(lambda gradient: stamp(name))  # type: ignore[no-untyped-call]
+        x.register_hook(lambda gradient: stamp(name))
         return x
 
     hidden = stamped(model(tokens), "hidden gradient")
@@ -96,7 +96,7 @@ def _step_loss(contestant: Contestant, model: SmallLM, tokens: Tensor, target: T
         del logits
     del hidden
     stamp("backward")
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     backward = stamps["backward"]
     if not contestant.fused:
         run.loss_seconds.append(backward - stamps["loss"] + stamps["logits gradient"] - backward)
