@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import _reduction
 
 from . import validate
-from .dispatch import is_plain, reasons_against_kernels, transform_active
+from .autograd import transform_active
+from .dispatch import is_plain, reasons_against_kernels
 from .ops import acc_dtype
 from .options import DEFAULT, Options
 
