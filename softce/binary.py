@@ -218,7 +218,7 @@ class _Fused(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         grad, ctx.grad = ctx.grad, None
         input, target, weight, pos_weight = ctx.saved_tensors
         if torch.is_grad_enabled() or transform_active():

@@ -197,7 +197,7 @@ def phi_of(spec: Spec) -> RowLoss | None:
     if spec.phi == PHI_IDENTITY:
         return None
     owner = {c.phi: c for c in (Focal, LabelRelaxation, GeneralizedCrossEntropy, Poly1)}[int(spec.phi)]
-    return owner(spec.phi_p0)  # type: ignore[no-any-return,abstract]
+    return owner(spec.phi_p0)
 
 
 def without_factor(row_loss: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
