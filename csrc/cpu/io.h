@@ -15,7 +15,15 @@ SOFTCE_INLINE U32V round_bf16(F32V v) {
   return rounded;
 }
 
-SOFTCE_INLINE HalfV narrow_bf16(F32V v) { return __builtin_convertvector(round_bf16<true>(v) >> 16, HalfV); }
+SOFTCE_INLINE HalfV narrow_bf16(F32V v) {
+  const U32V high = round_bf16<true>(v) >> 16;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i u = (__m256i)high;
+  return (HalfV)_mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+#else
+  return __builtin_convertvector(high, HalfV);
+#endif
+}
 
 #if defined(__AVX512F__)
 SOFTCE_INLINE F32V widen_f16(HalfV h) { return (F32V)_mm512_cvtph_ps((__m256i)h); }
@@ -71,7 +79,7 @@ struct HalfIO {  // 16-bit elements in their order
   static constexpr int kUnit = kLanes<float>;
   static SOFTCE_INLINE void read(const Elem* p, V* v) { v[0] = widen(load<HalfV>(p)); }
   static SOFTCE_INLINE void write(Elem* p, const V* v) { store(p, narrow(v[0])); }
-  static SOFTCE_INLINE void write_stream(Elem* p, const V* v) { write(p, v); }
+  static SOFTCE_INLINE void write_stream(Elem* p, const V* v) { stream(p, narrow(v[0])); }
   static Elem from(float x) { return narrow(splat(x))[0]; }
   static float to(Elem x) { return widen(HalfV{} | x)[0]; }
   static constexpr int slot(int i) { return i; }

@@ -30,10 +30,23 @@ namespace {
 #include "generic.h"
 #include "rows.h"
 #include "sweeps.h"
+//
+#include "group.h"
+#include "planes.h"
+#include "short_rows.h"
 
 template <class A>
 double run_as(const Call& call) {
   const Context<A> ctx(call);
+  const bool planes = planes_take(ctx), short_rows = short_rows_take(ctx);
+  if (planes || short_rows) {
+    double loss = 0;
+    with_io(call.problem->logits.dtype, [&](auto io) {
+      using X = decltype(io);
+      if constexpr (sizeof(typename X::Acc) == sizeof(A)) loss = planes ? run_planes<X>(ctx) : run_short_rows<X>(ctx);
+    });
+    return loss;
+  }
   const Sweeps<A> sweeps = sweeps_for(ctx);
   return Rows<A>{ctx, sweeps}.run();
 }

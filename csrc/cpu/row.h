@@ -254,6 +254,11 @@ inline void write_stats(const Context<A>& ctx, int64_t r, const Finished& row) {
   for (int i = 0; i < (ctx.call.extras ? kStatsExtra : kStats); ++i) stats[i * ctx.rows + r] = A(values[i]);
 }
 
+// Entries are taken off scratch, in units of e: not where those are too small, or too large for the amount.
+inline bool out_of_range(double unit, double amount) {
+  return unit == unit && !(__builtin_fabs(unit) > 1e-25 && __builtin_fabs(amount / unit) < 1e25);
+}
+
 // The factors of a row's gradient; for fused, `loss` gets what the row adds to the loss.
 template <class A>
 inline Factors factors_of(const Context<A>& ctx, int64_t r, const Finished& row, const Sums& sums, const Refs& refs,

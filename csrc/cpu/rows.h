@@ -43,6 +43,19 @@ inline void parallel(ParallelFor run, int64_t n, int64_t grain, const Body& body
       const_cast<Body*>(&body));
 }
 
+// Runs body(from, to, losses) over the tasks, which leaves a loss each; returns their sum in order.
+template <class Body>
+inline double sum_tasks(ParallelFor run, int64_t tasks, const Body& body) {
+  double* losses = static_cast<double*>(scratch(1, size_t(tasks) * sizeof(double)));
+  parallel(run, tasks, 1, [&](int64_t from, int64_t to) {
+    body(from, to, losses);
+    stream_end();
+  });
+  double sum = 0;
+  for (int64_t task = 0; task < tasks; ++task) sum += losses[task];
+  return sum;
+}
+
 template <class A>
 struct Rows {
   const Context<A>& ctx;
@@ -86,9 +99,7 @@ struct Rows {
   void take_entries(int64_t r, const Cut& cut, A* e, const Factors& f, double* a) const {
     bool direct = false;
     ctx.entries(r, [&](int64_t c, double t) {
-      const double factor = a[cut.block_of(c)], move = f.entry * t * ctx.weight_of(c) / factor;
-      // In the scale of e the entry may be out of range, or e have no weight at all.
-      if (factor == factor && !(__builtin_fabs(factor) > 1e-25 && __builtin_fabs(move) < 1e25)) direct = true;
+      direct |= out_of_range(a[cut.block_of(c)], f.entry * t * ctx.weight_of(c));
     });
     if (direct) {
       for (int64_t k = 0; k < cut.blocks; ++k) {
@@ -189,21 +200,13 @@ struct Rows {
 
   double run_many() const {
     const int64_t per_task = ctx.classes >= kTask ? 1 : kTask / (ctx.classes > 0 ? ctx.classes : 1);
-    const int64_t tasks = (ctx.rows + per_task - 1) / per_task;
-    double* losses = static_cast<double*>(scratch(1, size_t(tasks) * sizeof(double)));
-    parallel(ctx.call.parallel, tasks, 1, [&](int64_t from, int64_t to) {
+    return sum_tasks(ctx.call.parallel, (ctx.rows + per_task - 1) / per_task, [&](int64_t from, int64_t to, double* losses) {
       const Space s = space(static_cast<char*>(scratch(0, space_bytes())));
       for (int64_t task = from; task < to; ++task) {
-        double loss = 0;
-        const int64_t end = (task + 1) * per_task < ctx.rows ? (task + 1) * per_task : ctx.rows;
-        for (int64_t r = task * per_task; r < end; ++r) one_row(r, s, &loss);
-        losses[task] = loss;
+        losses[task] = 0;
+        for (int64_t r = task * per_task; r < ctx.rows && r < (task + 1) * per_task; ++r) one_row(r, s, &losses[task]);
       }
-      stream_end();
     });
-    double sum = 0;
-    for (int64_t task = 0; task < tasks; ++task) sum += losses[task];
-    return sum;
   }
 
   // Few long rows: threads share each row, chunk by chunk; chunks are put together in their order.

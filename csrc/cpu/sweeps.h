@@ -25,107 +25,96 @@ struct Fast {
   static constexpr int kAhead = 2048 / int(sizeof(Elem));  // elements that the prefetch runs ahead
   static_assert(D::kUnit == kUnit && D::NV == NV, "logits and target are read in the same order");
 
-  struct Lanes {  // one unit's accumulators
-    V e[NV], y[NV], t[NV], ty[NV], top[NV], ttop[NV];
+  // Accumulators: as few as the latency of an addition allows, because sixteen registers are soon full.
+  struct Lanes {
+    V e[2], y, t, ty, top, ttop;
   };
 
   struct First {
     Exp<A, kDegree> exp, teacher;
-    bool with_y;
 
-    SOFTCE_INLINE void unit(const V* x, const V* d, A* e_out, A* t_out, Lanes& s) const {
-      for (int v = 0; v < NV; ++v) {
-        const V y = exp.affine(x[v]);
-        const V e = exp.exp(y);
-        store(e_out + v * kLanes<A>, e);
-        s.top[v] = vmax(y, s.top[v]);
-        s.e[v] += e;
-        if constexpr (kBase) s.y[v] += y;
-        if constexpr (kDense) {
-          V t = d[v];
-          if constexpr (kTeacher) {
-            t = teacher.affine(t);
-            s.ttop[v] = vmax(t, s.ttop[v]);
-            t = teacher.exp(t);
-            store(t_out + v * kLanes<A>, t);
-          }
-          s.t[v] += t;
-          s.y[v] += y;
-          const V product = t * y;
-          s.ty[v] += t == 0 ? V{} : product;  // a class without weight may be -inf
+    template <int kCount>
+    SOFTCE_INLINE void step(const V* x, const V* d, A* e_out, A* t_out, Lanes& s) const {
+      V y[kCount], e[kCount], t[kCount];
+      for (int i = 0; i < kCount; ++i) e[i] = y[i] = exp.affine(x[i]);
+      for (int i = 0; i < kCount; ++i) s.top = vmax(y[i], s.top);
+      if constexpr (kBase || kDense)
+        for (int i = 0; i < kCount; ++i) s.y += y[i];
+      exp.template exp<kCount>(e);
+      for (int i = 0; i < kCount; ++i) {
+        store(e_out + i * kLanes<A>, e[i]);
+        s.e[i & 1] += e[i];
+      }
+      if constexpr (kTeacher) {
+        for (int i = 0; i < kCount; ++i) t[i] = teacher.affine(d[i]);
+        for (int i = 0; i < kCount; ++i) s.ttop = vmax(t[i], s.ttop);
+        teacher.template exp<kCount>(t);
+        for (int i = 0; i < kCount; ++i) store(t_out + i * kLanes<A>, t[i]);
+      } else if constexpr (kDense) {
+        for (int i = 0; i < kCount; ++i) t[i] = d[i];
+      }
+      if constexpr (kDense) {
+        for (int i = 0; i < kCount; ++i) {
+          const V product = t[i] * y[i];
+          s.t += t[i];
+          s.ty += t[i] == 0 ? V{} : product;  // a class without weight may be -inf
         }
       }
     }
   };
 
   static Sums first(const Context<A>& ctx, const Piece<A>& piece, const Refs& refs) {
-    const First step{{ctx.scale, refs.x}, {ctx.teacher_scale, refs.teacher}, true};
+    const First step{{ctx.scale, refs.x}, {ctx.teacher_scale, refs.teacher}};
     const Elem* x = reinterpret_cast<const Elem*>(piece.x) + piece.begin;
     const Dense* d = reinterpret_cast<const Dense*>(piece.dense) + piece.begin;
+    A* e = piece.e;
+    A* teacher = piece.teacher;
+    const int64_t n = piece.n;
     constexpr A kLow = A(-__builtin_inf());
-    Lanes sums[kUnroll];
-    for (auto& s : sums)
-      for (int v = 0; v < NV; ++v) {
-        s.e[v] = s.y[v] = s.t[v] = s.ty[v] = V{};
-        s.top[v] = s.ttop[v] = splat(kLow);
-      }
+    Lanes s{{V{}, V{}}, V{}, V{}, V{}, splat(kLow), splat(kLow)};
     int64_t i = 0;
-    for (; i + kUnroll * kUnit <= piece.n; i += kUnroll * kUnit) {
+    for (; i + kUnroll * kUnit <= n; i += kUnroll * kUnit) {
+      V in[kUnroll * NV], target[kUnroll * NV];
       for (int u = 0; u < kUnroll; ++u) {
-        V in[NV], target[NV];
         const int64_t at = i + u * kUnit;
-        __builtin_prefetch(x + at + kAhead);
-        X::read(x + at, in);
+        if (u * kUnit * sizeof(Elem) % 64 == 0) __builtin_prefetch(x + at + kAhead);
+        X::read(x + at, in + u * NV);
         if constexpr (kDense) {
-          __builtin_prefetch(d + at + kAhead);
-          D::read(d + at, target);
+          if (u * kUnit * sizeof(Dense) % 64 == 0) __builtin_prefetch(d + at + kAhead);
+          D::read(d + at, target + u * NV);
         }
-        step.unit(in, target, piece.e + at, piece.teacher + at, sums[u]);
       }
+      step.template step<kUnroll * NV>(in, target, e + i, teacher + i, s);
     }
-    for (; i + kUnit <= piece.n; i += kUnit) {
+    for (; i + kUnit <= n; i += kUnit) {
       V in[NV], target[NV];
       X::read(x + i, in);
       if constexpr (kDense) D::read(d + i, target);
-      step.unit(in, target, piece.e + i, piece.teacher + i, sums[0]);
+      step.template step<NV>(in, target, e + i, teacher + i, s);
     }
-    double y_extra = 0;
-    if (i < piece.n) {
-      // Padding of -inf adds nothing but to the sum of y: that one is made of the elements themselves.
+    Sums out;
+    if (i < n) {
+      // Padding of -inf adds nothing but to the sum of y: there the elements themselves are added.
       V in[NV], target[NV];
-      read_part<X>(x + i, piece.n - i, in, kLow);
-      if constexpr (kDense) read_part<D>(d + i, piece.n - i, target, kTeacher ? kLow : A(0));
-      Lanes tail = sums[0];
-      step.unit(in, target, piece.e + i, piece.teacher + i, tail);
-      for (int v = 0; v < NV; ++v) tail.y[v] = sums[0].y[v];
-      sums[0] = tail;
+      read_part<X>(x + i, n - i, in, kLow);
+      if constexpr (kDense) read_part<D>(d + i, n - i, target, kTeacher ? kLow : A(0));
+      const V y = s.y;
+      step.template step<NV>(in, target, e + i, teacher + i, s);
+      s.y = y;
       if constexpr (kBase || kDense) {
-        for (int64_t j = i; j < piece.n; ++j) y_extra += step.exp.affine(splat(X::to(x[j])))[0];
+        for (int64_t j = i; j < n; ++j) out.y += step.exp.affine(splat(X::to(x[j])))[0];
       }
     }
-    for (int u = 1; u < kUnroll; ++u)
-      for (int v = 0; v < NV; ++v) merge(sums[0], v, sums[u], v);
-    for (int v = 1; v < NV; ++v) merge(sums[0], 0, sums[0], v);
-    Sums out;
-    out.e = sum_of<A>(sums[0].e[0]);
-    out.w = double(piece.n);
-    if constexpr (kBase || kDense) out.y = sum_of<A>(sums[0].y[0]) + y_extra;
+    out.e = sum_of<A>(s.e[0] + s.e[1]);
+    out.w = double(n);
+    if constexpr (kBase || kDense) out.y += sum_of<A>(s.y);
     if constexpr (kDense) {
-      out.t = out.plain_t = sum_of<A>(sums[0].t[0]);
-      out.ty = sum_of<A>(sums[0].ty[0]);
+      out.t = out.plain_t = sum_of<A>(s.t);
+      out.ty = sum_of<A>(s.ty);
     }
-    out.top = max_of<A>(sums[0].top[0]) + refs.x.shift;
-    if constexpr (kTeacher) out.ttop = max_of<A>(sums[0].ttop[0]) + refs.teacher.shift;
+    out.top = max_of<A>(s.top) + refs.x.shift;
+    if constexpr (kTeacher) out.ttop = max_of<A>(s.ttop) + refs.teacher.shift;
     return out;
-  }
-
-  static SOFTCE_INLINE void merge(Lanes& a, int i, const Lanes& b, int j) {
-    a.e[i] += b.e[j];
-    a.y[i] += b.y[j];
-    a.t[i] += b.t[j];
-    a.ty[i] += b.ty[j];
-    a.top[i] = vmax(b.top[j], a.top[i]);
-    a.ttop[i] = vmax(b.ttop[j], a.ttop[i]);
   }
 
   struct Second {
@@ -193,13 +182,19 @@ inline Sweeps<typename X::Acc> fast_sweeps(const Context<typename X::Acc>& ctx) 
   return ctx.teacher ? Fast<X, FloatIO<A>, Kind::teacher>::sweeps() : Fast<X, FloatIO<A>, Kind::probs>::sweeps();
 }
 
+// Whether a call has only what the fast sweeps know.
 template <class A>
-inline Sweeps<A> sweeps_for(const Context<A>& ctx) {
-  const bool strided = ctx.problem.logits.class_stride != 1 || ctx.call.out.class_stride != 1 ||
+inline bool takes_fast(const Context<A>& ctx) {
+  const bool strided = ctx.problem.inner != 1 || ctx.problem.logits.class_stride != 1 ||
+                       (ctx.call.op != Op::stats && ctx.call.out.class_stride != 1) ||
                        (!ctx.sparse && ctx.target.dense.class_stride != 1);
   const bool weighted = ctx.weight && (!ctx.sparse || ctx.has_base);
-  if (strided || weighted || ctx.spec.softcap != 0 || ctx.call.extras || ctx.call.coef_rows == 3)
-    return {Generic<A>::sweep1, Generic<A>::sweep2};
+  return !strided && !weighted && ctx.spec.softcap == 0 && !ctx.call.extras && ctx.call.coef_rows != 3;
+}
+
+template <class A>
+inline Sweeps<A> sweeps_for(const Context<A>& ctx) {
+  if (!takes_fast(ctx)) return {Generic<A>::sweep1, Generic<A>::sweep2};
   if constexpr (sizeof(A) == 8) {
     return fast_sweeps<F64, F64>(ctx);
   } else {

@@ -10,6 +10,12 @@ constexpr int kVecBytes = 32;
 constexpr int kVecBytes = 16;
 #endif
 
+#if defined(__FMA__)
+constexpr bool kFusedMultiplyAdd = true;  // a product of fma is exact before it is added
+#else
+constexpr bool kFusedMultiplyAdd = false;
+#endif
+
 #define SOFTCE_INLINE inline __attribute__((always_inline))
 
 typedef float F32V __attribute__((vector_size(kVecBytes)));
@@ -59,6 +65,20 @@ SOFTCE_INLINE void store(A* p, const V& v) {
 SOFTCE_INLINE F32V splat(float x) { return x - F32V{}; }
 SOFTCE_INLINE F64V splat(double x) { return x - F64V{}; }
 
+// Keeps the compiler from computing one vector's chain to its end before it starts the next one's.
+template <class V>
+SOFTCE_INLINE void keep_order(V* v, int count) {
+  for (int i = 0; i < count; ++i) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v[i]));
+#elif defined(__x86_64__)
+    asm("" : "+x"(v[i]));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v[i]));
+#endif
+  }
+}
+
 // a > b ? a : b, so b where either is nan.
 #if defined(__AVX512F__)
 SOFTCE_INLINE F32V vmax(F32V a, F32V b) { return (F32V)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -89,6 +109,15 @@ SOFTCE_INLINE void stream(void* p, F32V v) {
   __builtin_memcpy(p, &v, sizeof(v));
 #endif
 }
+SOFTCE_INLINE void stream(void* p, HalfV v) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__AVX2__)
+  _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#else
+  __builtin_memcpy(p, &v, sizeof(v));
+#endif
+}
 SOFTCE_INLINE void stream(void* p, F64V v) { stream(p, bits<F32V>(v)); }
 SOFTCE_INLINE void stream(void* p, U32V v) { stream(p, bits<F32V>(v)); }
 
@@ -99,6 +128,25 @@ SOFTCE_INLINE void stream_end() {
 #endif
 }
 
+// The sum of a vector's lanes, in its own type.
+SOFTCE_INLINE float add_lanes(F32V v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+SOFTCE_INLINE double add_lanes(F64V v) {
+  double sum = v[0];
+  for (int i = 1; i < kLanes<double>; ++i) sum += v[i];
+  return sum;
+}
+
+// The sum of a vector's lanes in double.
 template <class A>
 SOFTCE_INLINE double sum_of(typename VecOf<A>::V v) {
   A lanes[kLanes<A>];

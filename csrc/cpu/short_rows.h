@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Rows of few classes, class stride 1: a tile of rows at a time, vectors along the row, statistics in vectors over the
+// rows. Included inside the namespace of an instruction set.
+
+constexpr int64_t kShort = 2048;      // classes, at most
+constexpr int64_t kTileSize = 1 << 13;  // elements of a tile
+
+template <class X, class D, Kind kKind>
+struct ShortRows {
+  using A = typename X::Acc;
+  using V = typename X::V;
+  using Elem = typename X::Elem;
+  using Dense = typename D::Elem;
+  static constexpr int kLane = kLanes<A>;
+  static constexpr int kDegree = sizeof(Elem) == 2 ? 4 : 5;
+  static constexpr bool kBase = kKind == Kind::base, kDense = kKind == Kind::probs;
+  static_assert(X::NV == 1 && D::NV == 1, "one vector a unit");
+
+  const Context<A>& ctx;
+  const int64_t classes = ctx.classes;
+  const int64_t full = classes / kLane * kLane;                   // classes in full vectors
+  const int64_t pitch = (classes + kLane - 1) / kLane * kLane;    // of a row in scratch
+
+  struct Tile {
+    Group<A> group;
+    A* e;  // (n, pitch)
+  };
+
+  // The classes behind the full vectors. A row that more elements of the tensor follow is read past its end.
+  template <class IO>
+  SOFTCE_INLINE V read_tail(const typename IO::Elem* row, int64_t follow, A fill) const {
+    V v;
+    if (follow >= kLane) {
+      IO::read(row + full, &v);
+    } else {
+      read_part<IO>(row + full, classes - full, &v, fill);
+    }
+    return v;
+  }
+
+  V tail_mask() const {  // 1 for the classes behind the full vectors, else 0
+    A lanes[kLane];
+    for (int i = 0; i < kLane; ++i) lanes[i] = full + i < classes ? A(1) : A(0);
+    return load<V>(lanes);
+  }
+
+  // Elements of the tensor from a row's class `full` on.
+  static int64_t follow(const Context<A>& ctx, const Block& block, int64_t r, int64_t full) {
+    return (ctx.rows - 1 - r) * (block.batch_stride > 0 ? block.batch_stride : 0) + ctx.classes - full;
+  }
+
+  struct Accumulators {
+    V e, y, t, ty, top;
+  };
+
+  struct Step {
+    Exp<A, kDegree> exp;
+
+    template <int kCount>
+    SOFTCE_INLINE void operator()(const V* x, const V* d, A* e_out, Accumulators& s, bool masked, V mask) const {
+      V y[kCount], e[kCount];
+      for (int i = 0; i < kCount; ++i) e[i] = y[i] = exp.affine(x[i]);
+      if (masked) e[0] = y[0] = mask == 0 ? splat(A(-__builtin_inf())) : y[0];
+      for (int i = 0; i < kCount; ++i) s.top = vmax(y[i], s.top);
+      exp.template exp<kCount>(e);
+      for (int i = 0; i < kCount; ++i) {
+        store(e_out + i * kLane, e[i]);
+        s.e += e[i];
+        if constexpr (kBase || kDense) s.y += masked ? (mask == 0 ? V{} : y[i]) : y[i];
+        if constexpr (kDense) {
+          const V t = masked ? (mask == 0 ? V{} : d[i]) : d[i], product = t * y[i];
+          s.t += t;
+          s.ty += t == 0 ? V{} : product;
+        }
+      }
+    }
+  };
+
+  // e and the sums of every row; true where the rows' maxima suit exp without a shift.
+  bool first(Tile& tile, bool shifted) const {
+    Group<A>& g = tile.group;
+    const V mask = tail_mask();
+    V top = splat(A(-__builtin_inf()));
+    bool suits = true;
+    for (int64_t i = 0; i < g.n; ++i) {
+      const int64_t r = g.first + i;
+      Ref ref;
+      ref.shift = g.shift[i];
+      const Step step{{ctx.scale, ref}};
+      const Elem* x = reinterpret_cast<const Elem*>(ctx.x_row(r));
+      const Dense* d = reinterpret_cast<const Dense*>(ctx.dense_row(r));
+      A* e = tile.e + i * pitch;
+      Accumulators s{V{}, V{}, V{}, V{}, top};
+      int64_t c = 0;
+      for (; c + 4 * kLane <= full; c += 4 * kLane) {
+        V in[4], target[4];
+        for (int k = 0; k < 4; ++k) {
+          X::read(x + c + k * kLane, in + k);
+          if constexpr (kDense) D::read(d + c + k * kLane, target + k);
+        }
+        __builtin_prefetch(x + c + 2048 / int(sizeof(Elem)));
+        __builtin_prefetch(x + c + 2048 / int(sizeof(Elem)) + 2 * kLane);
+        step.template operator()<4>(in, target, e + c, s, false, mask);
+      }
+      for (; c < full; c += kLane) {
+        V in, target;
+        X::read(x + c, &in);
+        if constexpr (kDense) D::read(d + c, &target);
+        step.template operator()<1>(&in, &target, e + c, s, false, mask);
+      }
+      if (full < classes) {
+        const V in = read_tail<X>(x, follow(ctx, ctx.problem.logits, r, full), A(0));
+        V target;
+        if constexpr (kDense) target = read_tail<D>(d, follow(ctx, ctx.target.dense, r, full), A(0));
+        step.template operator()<1>(&in, &target, e + full, s, true, mask);
+      }
+      top = s.top;
+      g.e[i] = add_lanes(s.e);
+      suits &= !(g.e[i] < A(2e-9));
+      if constexpr (kBase || kDense) g.y[i] = add_lanes(s.y);
+      if constexpr (kDense) g.t[i] = add_lanes(s.t), g.ty[i] = add_lanes(s.ty);
+    }
+    return shifted || (suits && !(max_of<A>(top) > kAbove));
+  }
+
+  // The rows' maxima, taken off where they do not suit.
+  void shift(Tile& tile) const {
+    Group<A>& g = tile.group;
+    for (int64_t i = 0; i < g.n; ++i) {
+      const Elem* x = reinterpret_cast<const Elem*>(ctx.x_row(g.first + i));
+      const A low = A(-__builtin_inf());
+      V top = splat(low);
+      for (int64_t c = 0; c < full; c += kLane) {
+        V in;
+        X::read(x + c, &in);
+        top = vmax(in, top);
+      }
+      A best = A(max_of<A>(top));
+      for (int64_t c = full; c < classes; ++c) best = X::to(x[c]) > best ? X::to(x[c]) : best;
+      g.shift[i] = best == low ? A(0) : best * A(ctx.scale);
+    }
+  }
+
+  struct Second {
+    V a, slope, base;
+
+    SOFTCE_INLINE V operator()(const A* e, const Dense* d) const {
+      const V ev = load<V>(e);
+      if constexpr (kDense) {
+        V t;
+        D::read(d, &t);
+        return fma(ev, a, -fma(t, slope, base));
+      } else if constexpr (kBase) {
+        return fma(ev, a, -base);
+      } else {
+        return ev * a;
+      }
+    }
+  };
+
+  void second(Tile& tile) const {
+    Group<A>& g = tile.group;
+    for (int64_t i = 0; i < g.n; ++i) {
+      Elem* out = reinterpret_cast<Elem*>(ctx.out_row(g.first + i));
+      if (g.live[i] == 0) {
+        __builtin_memset(out, 0, size_t(classes) * sizeof(Elem));
+        continue;
+      }
+      const Dense* d = reinterpret_cast<const Dense*>(ctx.dense_row(g.first + i));
+      const A* e = tile.e + i * pitch;
+      const Second step{splat(g.a[i]), splat(g.slope[i]), splat(g.base[i])};
+      if (full == 0) {
+        V v;
+        if constexpr (kDense) {
+          Dense padded[kLane] = {};
+          __builtin_memcpy(padded, d, size_t(classes) * sizeof(Dense));
+          v = step(e, padded);
+        } else {
+          v = step(e, nullptr);
+        }
+        write_part<X>(out, classes, &v);
+        continue;
+      }
+      int64_t c = 0;
+      if (ctx.call.stream) {
+        constexpr int64_t kAlign = kLane * int64_t(sizeof(Elem));
+        const int64_t head = (kAlign - reinterpret_cast<intptr_t>(out) % kAlign) % kAlign / int64_t(sizeof(Elem));
+        if (head > 0) {
+          const V v = step(e, d);
+          X::write(out, &v);
+          c = head;
+        }
+        for (; c + kLane <= classes; c += kLane) {
+          const V v = step(e + c, d + c);
+          X::write_stream(out + c, &v);
+        }
+      } else {
+        for (; c + kLane <= classes; c += kLane) {
+          const V v = step(e + c, d + c);
+          X::write(out + c, &v);
+        }
+      }
+      if (c < classes) {  // the last full vector again, up to the row's end
+        const V v = step(e + classes - kLane, d + classes - kLane);
+        X::write(out + classes - kLane, &v);
+      }
+    }
+  }
+
+  double one(Tile& tile, int64_t first_row, int64_t n) const {
+    Group<A>& g = tile.group;
+    g.first = first_row;
+    g.n = n;
+    for (int64_t i = 0; i < n; ++i) g.shift[i] = g.y[i] = g.t[i] = g.ty[i] = 0;
+    if (!first(tile, false)) {
+      shift(tile);
+      first(tile, true);
+    }
+    index_group(ctx, g, [&](int64_t i, int64_t c) {
+      return X::to(reinterpret_cast<const Elem*>(ctx.x_row(first_row + i))[c]) * A(ctx.scale);
+    });
+    const auto scale_row = [&](int64_t i, A factor) {
+      for (int64_t c = 0; c < pitch; ++c) tile.e[i * pitch + c] *= factor;
+    };
+    double loss = 0;
+    if (simple(ctx)) {
+      loss = settle_simple(ctx, g, double(classes), scale_row);
+      if (ctx.sparse && ctx.call.op != Op::stats) {
+        const int64_t* index = ctx.target.index + first_row;
+        for (int64_t i = 0; i < n; ++i)
+          if (index[i] != ctx.target.ignore_index) tile.e[i * pitch + index[i]] -= g.take[i];
+      }
+    } else {
+      loss = settle_any(ctx, g, double(classes), scale_row,
+                        [&](int64_t i, int64_t c, A amount) { tile.e[i * pitch + c] -= amount; });
+    }
+    if (ctx.call.op != Op::grad) write_group_stats(ctx, g);
+    if (ctx.call.op != Op::stats) second(tile);
+    return loss;
+  }
+
+  double run() const {
+    int64_t height = kTileSize / pitch;
+    height = height > kGroup ? kGroup : height;
+    const int64_t tiles = (ctx.rows + height - 1) / height;
+    const int64_t work = height * classes, per_task = work >= kTask ? 1 : kTask / work;
+    return sum_tasks(ctx.call.parallel, (tiles + per_task - 1) / per_task, [&](int64_t from, int64_t to, double* losses) {
+      const size_t bytes = (sizeof(Tile) + 63) / 64 * 64;
+      char* memory = static_cast<char*>(scratch(0, bytes + size_t(height * pitch) * sizeof(A)));
+      Tile& tile = *reinterpret_cast<Tile*>(memory);
+      tile.e = reinterpret_cast<A*>(memory + bytes);
+      for (int64_t task = from; task < to; ++task) {
+        losses[task] = 0;
+        for (int64_t k = task * per_task; k < tiles && k < (task + 1) * per_task; ++k)
+          losses[task] += one(tile, k * height, (k + 1) * height < ctx.rows ? height : ctx.rows - k * height);
+      }
+    });
+  }
+};
+
+template <class A>
+inline bool short_rows_take(const Context<A>& ctx) {
+  return ctx.classes > 0 && ctx.classes <= kShort && takes_fast(ctx) && !ctx.teacher;
+}
+
+template <class X>
+inline double run_short_rows(const Context<typename X::Acc>& ctx) {
+  using Acc = FloatIO<typename X::Acc>;
+  if (!ctx.sparse) {
+    if (ctx.target.dense.dtype == ctx.problem.logits.dtype) return ShortRows<X, X, Kind::probs>{ctx}.run();
+    return ShortRows<X, Acc, Kind::probs>{ctx}.run();
+  }
+  return ctx.has_base ? ShortRows<X, X, Kind::base>{ctx}.run() : ShortRows<X, X, Kind::entries>{ctx}.run();
+}
