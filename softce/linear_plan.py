@@ -15,7 +15,9 @@ from .ops import acc_dtype
 _ROWS = {"cpu": 512, "cuda": 2048}
 # Fewer rows than these lose more to that traffic than a fourth matrix product costs.
 _THIN = 64
+_LARGE = 8192  # classes from which on the weight is not expected in a cache
 _TILE_ROWS = 1024  # rows of a tile over the vocabulary
+_RESERVE = 8 << 20  # bytes that a call needs besides its buffers, measured at H = 512; mostly the BLAS library's
 _WEIGHT_TILE = 4 << 20  # bytes of a half-precision weight that are widened at a time
 
 
@@ -110,13 +112,14 @@ def choose(rows: int, classes: int, cost: Costs, budget: int | None, device: str
     ``tiles``: tiles over the vocabulary are possible; if not, the chunk has one row at least, whatever the budget.
     """
     rows, classes = max(1, rows), max(1, classes)
-    # Never all rows at once: that would be the logits.
-    best = min(_ROWS.get(device, _ROWS["cpu"]), (rows + 1) // 2)
-    if budget is None or cost.bytes(best, classes) <= budget - budget // 8:
+    # Never all rows at once, which would be the logits, but where they are so few that reading a large weight once more
+    # for each half would be dear.
+    few = rows < 3 * _THIN and classes >= _LARGE
+    best = min(_ROWS.get(device, _ROWS["cpu"]), rows if few else (rows + 1) // 2)
+    if budget is None or cost.bytes(best, classes) <= budget - _reserve(budget):
         return Chunking(_even(rows, best), classes)
     # The tile of a widened weight shrinks with the budget (weight_tile).
-    # Statistics, indices and what the matrix products hold of their own need some of the budget too.
-    room = budget - budget // 8 - min(cost.fixed, budget // 4)
+    room = budget - _reserve(budget) - min(cost.fixed, budget // 4)
     fit = room // (cost.per_row + cost.per_logit * classes)
     if fit >= min(_THIN, best) or not tiles:
         return Chunking(_even(rows, max(1, min(fit, best))), classes)
@@ -127,6 +130,11 @@ def choose(rows: int, classes: int, cost: Costs, budget: int | None, device: str
     if width < min(classes, 64):  # what a row needs besides its logits leaves no room for a tile
         return Chunking(_even(rows, max(1, fit)), classes)
     return Chunking(_even(rows, height), min(classes, width // 64 * 64 if width > 64 else width))
+
+
+def _reserve(budget: int) -> int:
+    """What of a budget goes to statistics, indices and the packed operands of the matrix products."""
+    return min(budget // 2, _RESERVE)
 
 
 def _even(rows: int, chunk: int) -> int:
