@@ -94,9 +94,8 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
     call = Call(target, ignore_index, spec)
     if class_factor is not None:
         rows, reduction = _by_class(class_factor, call, rows, layout, acc, reduction)
-    offset = target_entropy(target, ignore_index, spec, acc, layout.classes) if divergence else None
-
     kernel = use_kernel(logits, ask.options)
+    offset = target_entropy(target, ignore_index, spec, acc, layout.classes, kernel) if divergence else None
     one_pass = (
         kernel
         and reduction != "none"
@@ -112,12 +111,11 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
     )
     try:
         if one_pass:
-            with_stats = ask.return_stats or offset is not None
-            loss, found = fused_loss(logits, call, rows, reduction == "mean", with_stats, ask.options.inplace)
+            loss, found = fused_loss(logits, call, rows, reduction == "mean", ask.return_stats, ask.options.inplace)
             if found is not None:
                 stats = found
             if offset is not None:
-                loss = loss - reduced(offset, stats, call, rows, reduction)
+                loss = loss - _reduced(offset, counts(target, ignore_index, offset), call, rows, reduction, None)
         else:
             if kernel:
                 stats = row_stats(logits, call, ask.return_stats, ask.options.inplace)
@@ -158,10 +156,21 @@ def reduced(
     row_loss: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Row losses to the loss, by the call's scalars."""
+    return _reduced(loss, stats[COUNT], call, rows, reduction, row_loss)
+
+
+def _reduced(
+    loss: Tensor,
+    count: Tensor,
+    call: Call,
+    rows: Tensor | None,
+    reduction: str,
+    row_loss: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
     own = row_loss is not None and not isinstance(row_loss, RowLoss)
     return reduce_rows(
         loss,
-        stats[COUNT],
+        count,
         phi=without_factor(row_loss),
         row_weight=rows,
         reduction=reduction,

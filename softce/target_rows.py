@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .ops import KernelTarget, Spec
+from .autograd import Call, row_stats
+from .ops import DENSE_LOGITS, LOSS, KernelTarget, Spec
 from .targets import first_occurrence
 
-# Elements that are held at a time: large enough to be efficient, small beside any logits that matter.
-_CHUNK = 1 << 22
+# Elements that are held at a time: large enough to be efficient, small enough to stay in the cache.
+_CHUNK = 1 << 17
 
 
 def _over_dense(target: KernelTarget, spec: Spec, acc: torch.dtype, of_rows: Callable[[Tensor], Tensor]) -> Tensor:
@@ -30,17 +31,28 @@ def _over_dense(target: KernelTarget, spec: Spec, acc: torch.dtype, of_rows: Cal
     return torch.cat(parts) if parts else rows.new_zeros(0, dtype=acc)
 
 
-def target_entropy(target: KernelTarget, ignore_index: int, spec: Spec, acc: torch.dtype, classes: int) -> Tensor:
+def target_entropy(
+    target: KernelTarget, ignore_index: int, spec: Spec, acc: torch.dtype, classes: int, kernel: bool = False
+) -> Tensor:
     """``-sum_c w_c t'_c log t'_c`` of each row, ``(R,)``; ``0 log 0 = 0``, and 0 where the row is ignored.
 
-    Subtracted from the row loss ``-sum_c w_c t'_c log p_c`` it leaves ``KL(t' || p)``.
+    Subtracted from the row loss ``-sum_c w_c t'_c log p_c`` it leaves ``KL(t' || p)``. ``kernel``: the row operations
+    take tensors like the target; the entropy of teacher logits is then their cross-entropy with themselves.
     """
     weight = target.weight
+    smoothed = (spec.mix_a, spec.mix_b) != (1.0, 0.0)
     if target.index is None:
+        assert target.dense is not None
+        if kernel and classes and spec.dense_kind == DENSE_LOGITS and weight is None and not smoothed:
+            own = Spec(
+                temperature=spec.dense_temperature, dense_kind=DENSE_LOGITS, dense_temperature=spec.dense_temperature
+            )
+            return row_stats(target.dense, Call(KernelTarget(dense=target.dense), -100, own), False)[LOSS]
 
         def entropy(t: Tensor) -> Tensor:
-            each = torch.special.entr(spec.mix_a * t + spec.mix_b)
-            return each.sum(1) if weight is None else torch.mv(each, weight)
+            t = spec.mix_a * t + spec.mix_b if smoothed else t
+            each = t * torch.log(torch.where(t == 0, 1.0, t))  # torch.special.entr has no vector code on CPU
+            return -(each.sum(1) if weight is None else torch.mv(each, weight))
 
         return _over_dense(target, spec, acc, entropy)
 
