@@ -115,9 +115,12 @@ def _scalars(spec: Spec, scale: float, acc: torch.dtype) -> tuple[Any, Any]:
 
 
 def _spans_31_bits(tensor: Tensor | None) -> bool:
-    if tensor is None or tensor.dim() == 2:
+    """Whether offsets within a tile, its lanes beyond the end included, may need more than 31 bits."""
+    if tensor is None:
         return False
-    return (tensor.shape[1] + configs.PLANES_BLOCK) * tensor.stride(1) >= 2**31
+    if tensor.dim() == 2:
+        return configs.FEW_TILE * tensor.stride(0) + tensor.shape[1] + 2**16 >= 2**31
+    return (tensor.shape[1] + configs.FEW_TILE) * tensor.stride(1) + tensor.shape[2] >= 2**31
 
 
 def problem(
@@ -176,6 +179,8 @@ def _run_rows(p: Problem, mode: Any, rows: Any, out: Tensor | None, phi: int = 0
     flags = p.flags | (k.COEF_B.value if coef_b else 0)
     if config.block >= p.sizes.classes:
         flags |= k.RESIDENT.value
+    if programs < tiles_of(p, config):
+        flags |= k.LOOP.value
     _launch(
         row_kernel, programs, p.logits, None if out is None else _block(out), p.target, rows, p.scalars, p.low, p.sizes,
         MODE=mode.value, PHI=phi, FLAGS=flags, K=configs.power_of_two(p.sizes.entries), ROWS=config.rows,
@@ -183,15 +188,24 @@ def _run_rows(p: Problem, mode: Any, rows: Any, out: Tensor | None, phi: int = 0
     )  # fmt: skip
 
 
+def tiles_of(p: Problem, config: configs.Config) -> int:
+    """How many tiles a call has."""
+    from .triton_blocks import PLANES
+
+    if p.flags & PLANES.value:
+        return -(-p.sizes.inner // config.rows) * p.sizes.batch
+    return -(-p.sizes.batch // config.rows)
+
+
 def launch_shape(p: Problem) -> tuple[configs.Config, int]:
     """The configuration of a call and its number of programs."""
+    from .triton_blocks import PLANES
+
     sizes = p.sizes
-    planes = bool(p.flags & 16)
-    config = configs.choose(
-        p.form, sizes.classes, sizes.inner if planes else 0, sizes.entries, p.acc == torch.float64
-    )
-    tiles = -(-sizes.inner // config.rows) * sizes.batch if planes else -(-sizes.batch // config.rows)
-    return config, max(1, min(tiles, multiprocessors(p.device) * config.per_sm))
+    inner = sizes.inner if p.flags & PLANES.value else 0
+    config = configs.choose(p.form, sizes.classes, inner, sizes.entries, p.acc == torch.float64)
+    most = multiprocessors(p.device) * config.per_sm if config.per_sm else configs.MOST_PROGRAMS
+    return config, max(1, min(tiles_of(p, config), most))
 
 
 def _empty(p: Problem, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -281,8 +295,9 @@ def _fused(
     else:
         _run_rows(p, MODE, rows, out, int(spec.phi))
     _launch(
-        loss_kernel, 1, loss, rows, p.scalars, p.low, programs, ZERO=bool(spec.empty_zero), BLOCK=1024, num_warps=8
-    )
+        loss_kernel, 1, loss, rows, p.scalars, p.low, programs, ZERO=bool(spec.empty_zero),
+        BLOCK=min(8192, configs.power_of_two(programs)), num_warps=16,
+    )  # fmt: skip
     return loss, rows.stats
 
 

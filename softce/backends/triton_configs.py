@@ -18,7 +18,8 @@ class Config(NamedTuple):
     """How a tile is cut and launched.
 
     ``rows`` x ``block`` classes a tile, ``warps`` warps a program; ``stages`` blocks of a row, ``row_stages`` tiles in
-    flight (software pipelining); at most ``per_sm`` programs a multiprocessor, which then walk over the tiles.
+    flight (software pipelining); ``per_sm`` programs a multiprocessor, which then walk over the tiles, or with 0 one
+    program a tile.
     """
 
     rows: int
@@ -26,7 +27,7 @@ class Config(NamedTuple):
     warps: int
     stages: int = 1
     row_stages: int = 1
-    per_sm: int = 8
+    per_sm: int = 0
 
 
 # Forms, by how much of a row a thread has to hold besides y.
@@ -41,37 +42,38 @@ FORMS = (SPARSE, UNIFORM, DENSE, HEAVY, EXTRAS)
 # chip; a smaller one sweeps it twice, and few programs a multiprocessor keep the rows in flight within L2.
 TABLE: dict[str, tuple[tuple[int | None, Config], ...]] = {
     SPARSE: (
-        (1024, Config(1, 1024, 4, per_sm=16)),
-        (4096, Config(1, 4096, 4, per_sm=8)),
-        (16384, Config(1, 16384, 8, per_sm=4)),
-        (32768, Config(1, 32768, 16, per_sm=2)),
+        (1024, Config(1, 1024, 4)),
+        (4096, Config(1, 4096, 4)),
+        (16384, Config(1, 16384, 8)),
+        (32768, Config(1, 32768, 16)),
         (None, Config(1, 8192, 8, per_sm=2)),
     ),
     UNIFORM: (
-        (1024, Config(1, 1024, 4, per_sm=16)),
-        (4096, Config(1, 4096, 8, per_sm=8)),
-        (16384, Config(1, 16384, 16, per_sm=2)),
+        (1024, Config(1, 1024, 4)),
+        (4096, Config(1, 4096, 8)),
+        (16384, Config(1, 16384, 16)),
         (None, Config(1, 4096, 8, per_sm=2)),
     ),
     DENSE: (
-        (1024, Config(1, 1024, 4, per_sm=16)),
-        (4096, Config(1, 4096, 8, per_sm=8)),
-        (8192, Config(1, 8192, 16, per_sm=4)),
+        (1024, Config(1, 1024, 4)),
+        (4096, Config(1, 4096, 8)),
+        (8192, Config(1, 8192, 16)),
         (None, Config(1, 4096, 8, per_sm=2)),
     ),
     HEAVY: (
-        (1024, Config(1, 1024, 4, per_sm=16)),
-        (4096, Config(1, 4096, 16, per_sm=4)),
+        (1024, Config(1, 1024, 4)),
+        (4096, Config(1, 4096, 16)),
         (None, Config(1, 4096, 16, per_sm=2)),
     ),
     EXTRAS: (
-        (1024, Config(1, 1024, 4, per_sm=16)),
+        (1024, Config(1, 1024, 4)),
         (None, Config(1, 2048, 8, per_sm=2)),
     ),
 }
 FEW = 512  # up to here several rows share a tile
 FEW_TILE = 2048  # elements of such a tile, and of a tile of planes
 PLANES_BLOCK = 64  # classes of a tile of planes; more than these are swept twice
+MOST_PROGRAMS = 16384  # of one tile each: their parts of the loss are added up by one more
 SAFE = Config(1, 1024, 8)
 
 _forced: Config | None = None
@@ -113,7 +115,7 @@ def choose(form: str, classes: int, inner: int, entries: int, wide: bool) -> Con
         rows = tile // block
         if inner:
             rows = min(rows, max(16, power_of_two(inner)))
-        return Config(_fewer_rows(rows, entries), block, 4, per_sm=16)
+        return Config(_fewer_rows(rows, entries), block, 4, per_sm=8 if block < classes else 0)
     for most, config in TABLE.get(form, ((None, SAFE),)):
         if most is None or classes <= most:
             # float64 doubles what a row takes: sweep it twice instead.

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
+# Functions under triton.jit are Triton's language, not Python: their values have no Python types.
+# mypy: disable-error-code="import-untyped,import-not-found,no-untyped-def,no-untyped-call,untyped-decorator"
 """The Triton kernels: one over the rows of the logits, and two tiny ones around it for the reduction.
 
 ``csrc/softce.h`` has the equation. With any reference r of a row near its maximum (so that nothing overflows or
@@ -26,31 +28,24 @@ from .triton_blocks import (
     EXTRAS,
     FUSED,
     GRAD,
+    LOOP,
     PLANES,
     RESIDENT,
     SOFTCAP,
     STATS,
     TEACHER,
-    TOO_LARGE,
-    TOO_SMALL,
     UNIFORM,
-    Best,
     Scalars,
-    better,
-    block_sums,
+    addresses,
     entries_best,
     entry_totals,
-    first_best,
     gather,
     load_tile,
     locate,
-    offsets,
-    row_sum,
-    row_sums,
-    sweep,
-    top,
+    readable,
 )
 from .triton_math import finite_or_zero, mul0, row_loss
+from .triton_sums import block_sums, row_sum, see_rows, see_tile
 
 
 class Rows(NamedTuple):
@@ -88,7 +83,7 @@ class Coefs(NamedTuple):
     zero: Any
 
 
-COUNT_PARTS = tl.constexpr(1024)
+COUNT_PARTS = tl.constexpr(256)
 
 
 @triton.jit
@@ -159,8 +154,8 @@ def gradient(s, y, q, sech2, f, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def store(out, base, c, g, ok, FLAGS: tl.constexpr):
-    at = out.data + offsets(base, c, out.class_stride, FLAGS)
+def store(out, spot, c, g, ok, FLAGS: tl.constexpr):
+    at = addresses(spot, c, out.class_stride, FLAGS)
     tl.store(at, g.to(out.data.dtype.element_ty), mask=ok, eviction_policy="evict_first")
 
 
@@ -170,18 +165,21 @@ def sweep_gradient(logits, out, target, place, counted, f, mark, v, classes, MAR
     """Reads the rows (again) and writes their gradient."""
     for start in tl.range(0, classes, BLOCK, num_stages=STAGES):
         c = start + tl.arange(0, BLOCK)[None, :]
-        here = (c < classes) & place.here
-        tile = load_tile(logits, target, place, c, here & counted, v, FLAGS, ACC, "evict_first")
+        here, ok = readable(c, classes, counted, place, FLAGS)
+        tile = load_tile(logits, target, place, c, here, ok, v, FLAGS, ACC, "evict_first")
         q = block_q(tl.exp(tile.t - mark.rz), tile, c, mark, v, target, MARKED, FLAGS)
         g = gradient(tl.exp(tile.y - f.r), tile.y, q, tile.sech2, f, FLAGS)
-        store(out, place.out, c, g, here, FLAGS)
+        store(out, place.out, c, g, (c < classes) & place.here, FLAGS)
 
 
 @triton.jit
-def finish(x, r, best, dense_best, en, mark, place, counted, target, rows, v, sizes, per_row, MODE: tl.constexpr,
-           PHI: tl.constexpr, FLAGS: tl.constexpr, ACC: tl.constexpr, K: tl.constexpr):  # fmt: skip
+def finish(seen, en, mark, place, counted, target, rows, v, sizes, per_row, MODE: tl.constexpr, PHI: tl.constexpr,
+           FLAGS: tl.constexpr, ACC: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """From a row's sums to its statistics (stored), its share of the loss, and the coefficients of its gradient."""
     DENSE: tl.constexpr = target.dense is not None
+    x = seen.sums
+    r = seen.r
+    dense_best = seen.dense_best
     shift = tl.log(x.s)
     lse = r + shift
     count = tl.full([1, 1], 1.0, ACC)
@@ -220,7 +218,7 @@ def finish(x, r, best, dense_best, en, mark, place, counted, target, rows, v, si
             dense_best = entries_best(target, place, en, sizes, ACC, K)
         save(rows.stats, 4, logp, counted, place, sizes)
         save(rows.stats, 5, shift - x.h / x.s, counted, place, sizes)
-        save(rows.stats, 6, tl.where(best == dense_best, 1.0, 0.0), counted, place, sizes)
+        save(rows.stats, 6, tl.where(seen.best == dense_best, 1.0, 0.0), counted, place, sizes)
 
     share = tl.zeros([1, 1], ACC)
     f = Coefs(r, share, share, share, counted)
@@ -249,123 +247,110 @@ def given_coefs(rows, place, counted, v, sizes, FLAGS: tl.constexpr):
 
 
 @triton.jit
+def row_tile(i, logits, out, target, rows, v, per_row, sizes, MODE: tl.constexpr, PHI: tl.constexpr,
+             FLAGS: tl.constexpr, ACC: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+             STAGES: tl.constexpr):  # fmt: skip
+    """Tile number i from its reads to its writes. Gives its rows' shares of the loss, (ROWS, 1)."""
+    DENSE: tl.constexpr = target.dense is not None
+    WEIGHTED: tl.constexpr = target.weight is not None
+    TEACH: tl.constexpr = (TEACHER & FLAGS) != 0
+    SEES: tl.constexpr = MODE != GRAD or TEACH
+    HELD: tl.constexpr = SEES and (RESIDENT & FLAGS) != 0
+    # A single entry of many short rows is compared with every class; else entries are written over the tile: for a long
+    # row the classes to compare with would take as many registers as the row itself.
+    MARKED: tl.constexpr = (K == 1) and (ROWS > 1)
+    none = tl.zeros([1, 1], ACC)
+    place = locate(i, logits, out, target, sizes, FLAGS, ROWS)
+    counted = place.here
+    every = none + v.mix_b
+    at = tl.full([1, 1], -1, tl.int32)
+    q = none
+    en = none
+    if not DENSE:
+        en = gather(logits, target, place, v, sizes, FLAGS, ACC, K)
+        counted = en.counted
+        if target.rest is not None:
+            every += v.mix_a * tl.load(target.rest + place.row, mask=place.here, other=0.0)
+        if MARKED:
+            at = tl.where(en.ok, en.index, -1)
+            q = en.weight * (v.mix_a * en.value)
+
+    c = tl.arange(0, BLOCK)[None, :]
+    rz = none
+    inv = none
+    if HELD:
+        here, ok = readable(c, sizes.classes, counted, place, FLAGS)
+        tile = load_tile(logits, target, place, c, here, ok, v, FLAGS, ACC, "evict_first")
+        r = finite_or_zero(tl.max(tile.y, axis=1, keep_dims=True))
+        if TEACH:
+            rz = finite_or_zero(tl.max(tile.t, axis=1, keep_dims=True))
+        lanes = block_sums(tile, ok, r, rz, v, DENSE, WEIGHTED, MODE, FLAGS)
+        seen = see_tile(tile, lanes, c, ok, r, rz, DENSE, MODE, FLAGS)
+    elif SEES:
+        seen = see_rows(
+            logits, target, place, counted, v, sizes.classes, MODE, FLAGS, ACC, ROWS, BLOCK, STAGES
+        )
+        rz = seen.rz
+    if TEACH:
+        inv = 1.0 / seen.sums.e
+    mark = Mark(at, q, every, rz, inv)
+
+    share = none
+    if MODE == GRAD:
+        f = given_coefs(rows, place, counted, v, sizes, FLAGS)
+    else:
+        f, share = finish(seen, en, mark, place, counted, target, rows, v, sizes, per_row, MODE, PHI, FLAGS, ACC, K)
+
+    if MODE != STATS:
+        # In place, a thread's gradient must not come before another's last look at the row.
+        tl.debug_barrier()
+        if HELD and MODE == FUSED:
+            q = block_q(lanes.e, tile, c, mark, v, target, MARKED, FLAGS)
+            g = gradient(lanes.s, tile.y, q, tile.sech2, f, FLAGS)
+            store(out, place.out, c, g, (c < sizes.classes) & place.here, FLAGS)
+        else:
+            sweep_gradient(
+                logits, out, target, place, counted, f, mark, v, sizes.classes, MARKED, FLAGS, ACC, BLOCK, STAGES
+            )
+        if not (DENSE or MARKED):
+            # Equal classes add up and write the same value. The other threads' stores of this row come first.
+            total = entry_totals(target, place, en, sizes, ACC) if K > 1 else en.value
+            tl.debug_barrier()
+            q = mul0(en.weight, v.mix_a * total + every)
+            g = gradient(tl.exp(en.y - f.r), en.y, q, en.sech2, f, FLAGS)
+            store(out, place.out, en.index, g, en.ok, FLAGS)
+    return share
+
+
+@triton.jit
 def row_kernel(logits, out, target, rows, scalars, low, sizes, MODE: tl.constexpr, PHI: tl.constexpr,
                FLAGS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
                ROW_STAGES: tl.constexpr):  # fmt: skip
     """Row statistics, row gradients, or both: csrc/softce.h: launch_row_stats, launch_row_grad, launch_row_fused.
 
-    Program i takes the tiles i, i + programs, ..: which rows a program adds up depends on nothing else.
-    K is a power of two that holds the entries of a row; low is what float32 scalars lost, or None.
+    One tile a program or, with LOOP, the tiles i, i + programs, .. for program i: which rows a program adds up depends
+    on nothing else. A loop keeps what does not change in registers, so it is there only where it limits the rows in
+    flight. K is a power of two that holds the entries of a row; low is what float32 scalars lost, or None.
     """
     ACC: tl.constexpr = tl.float32 if low is None else tl.float64
-    DENSE: tl.constexpr = target.dense is not None
-    WEIGHTED: tl.constexpr = target.weight is not None
-    TEACH: tl.constexpr = (TEACHER & FLAGS) != 0
-    HELD: tl.constexpr = (RESIDENT & FLAGS) != 0
-    MORE: tl.constexpr = (EXTRAS & FLAGS) != 0
-    # A single entry of many short rows is compared with every class; else entries are written over the tile: for a long
-    # row the classes to compare with would take as many registers as the row itself.
-    MARKED: tl.constexpr = (K == 1) and (ROWS > 1)
     v = scalars if low is None else widen_all(scalars, low)
-    none = tl.zeros([1, 1], ACC)
-    per_row = (none + divided(v.scale, rows, (EMPTY_ZERO & FLAGS) != 0)).to(ACC)
-    loss_sum = tl.zeros([ROWS, 1], tl.float64)
-    tiles = tl.cdiv(sizes.batch, ROWS)
-    if PLANES & FLAGS:
-        tiles = sizes.batch * tl.cdiv(sizes.inner, ROWS)
-
-    for i in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=ROW_STAGES):
-        place = locate(i, logits, out, target, sizes, FLAGS, ROWS)
-        counted = place.here
-        every = none + v.mix_b
-        at = tl.full([1, 1], -1, tl.int32)
-        q = none
-        en = none
-        if not DENSE:
-            en = gather(logits, target, place, v, sizes, FLAGS, ACC, K)
-            counted = en.counted
-            if target.rest is not None:
-                every += v.mix_a * tl.load(target.rest + place.row, mask=place.here, other=0.0)
-            if MARKED:
-                at = tl.where(en.ok, en.index.to(tl.int32), -1)
-                q = en.weight * (v.mix_a * en.value)
-        r = none
-        rz = none
-        inv = none
-        c = tl.arange(0, BLOCK)[None, :]
-        ok = (c < sizes.classes) & counted
-        if HELD and (MODE != GRAD or TEACH):
-            tile = load_tile(logits, target, place, c, ok, v, FLAGS, ACC, "evict_first")
-
-        if MODE != GRAD or TEACH:
-            if HELD:
-                r = finite_or_zero(tl.max(tile.y, axis=1, keep_dims=True))
-                if TEACH:
-                    rz = finite_or_zero(tl.max(tile.t, axis=1, keep_dims=True))
-                lanes = block_sums(tile, ok, r, rz, v, DENSE, WEIGHTED, MODE, FLAGS)
-                x = row_sums(lanes)
-                best = none
-                dense_best = none
-                if MORE:
-                    start = Best(none - float("inf"), none.to(tl.int32))
-                    best = first_best(better(start, tile.y, c, ok))
-                    if DENSE:
-                        dense_best = first_best(better(start, tile.t, c, ok))
-            else:
-                first = tl.minimum(sizes.classes, BLOCK)
-                if MODE != GRAD:
-                    r = top(logits, target, place, counted, v, first, False, FLAGS, ACC, ROWS, BLOCK)
-                if TEACH:
-                    rz = top(logits, target, place, counted, v, first, True, FLAGS, ACC, ROWS, BLOCK)
-                x, best, dense_best = sweep(
-                    logits, target, place, counted, r, rz, v, sizes.classes, MODE, FLAGS, ACC, ROWS, BLOCK, STAGES
-                )
-                out_of_range = tl.zeros([ROWS, 1], tl.int1)
-                if MODE != GRAD:
-                    out_of_range |= counted & ((x.s > TOO_LARGE) | (x.s < TOO_SMALL))
-                if TEACH:
-                    out_of_range |= counted & ((x.e > TOO_LARGE) | (x.e < TOO_SMALL))
-                if tl.max(tl.max(out_of_range.to(tl.int32), axis=1), axis=0) > 0:
-                    if MODE != GRAD:
-                        r = top(logits, target, place, counted, v, sizes.classes, False, FLAGS, ACC, ROWS, BLOCK)
-                    if TEACH:
-                        rz = top(logits, target, place, counted, v, sizes.classes, True, FLAGS, ACC, ROWS, BLOCK)
-                    x, best, dense_best = sweep(
-                        logits, target, place, counted, r, rz, v, sizes.classes, MODE, FLAGS, ACC, ROWS, BLOCK, STAGES
-                    )
-            if TEACH:
-                inv = 1.0 / x.e
-        mark = Mark(at, q, every, rz, inv)
-
-        if MODE == GRAD:
-            f = given_coefs(rows, place, counted, v, sizes, FLAGS)
-        else:
-            f, share = finish(x, r, best, dense_best, en, mark, place, counted, target, rows, v, sizes, per_row,
-                              MODE, PHI, FLAGS, ACC, K)  # fmt: skip
-            loss_sum += share.to(tl.float64)
-
-        if MODE != STATS:
-            # In place, a thread's gradient must not come before another's last look at the row.
-            tl.debug_barrier()
-            if HELD and MODE == FUSED:
-                q = block_q(lanes.e, tile, c, mark, v, target, MARKED, FLAGS)
-                g = gradient(lanes.s, tile.y, q, tile.sech2, f, FLAGS)
-                store(out, place.out, c, g, (c < sizes.classes) & place.here, FLAGS)
-            else:
-                sweep_gradient(
-                    logits, out, target, place, counted, f, mark, v, sizes.classes, MARKED, FLAGS, ACC, BLOCK, STAGES
-                )
-            if not (DENSE or MARKED):
-                # Equal classes add up and write the same value. The other threads' stores of this row come first.
-                total = entry_totals(target, place, en, sizes, ACC) if K > 1 else en.value
-                tl.debug_barrier()
-                q = mul0(en.weight, v.mix_a * total + every)
-                g = gradient(tl.exp(en.y - f.r), en.y, q, en.sech2, f, FLAGS)
-                store(out, place.out, en.index, g, en.ok, FLAGS)
-
+    per_row = (tl.zeros([1, 1], ACC) + divided(v.scale, rows, (EMPTY_ZERO & FLAGS) != 0)).to(ACC)
+    shares = tl.zeros([ROWS, 1], tl.float64)
+    if LOOP & FLAGS:
+        tiles = tl.cdiv(sizes.batch, ROWS)
+        if PLANES & FLAGS:
+            tiles = sizes.batch * tl.cdiv(sizes.inner, ROWS)
+        for i in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=ROW_STAGES):
+            shares += row_tile(
+                i, logits, out, target, rows, v, per_row, sizes, MODE, PHI, FLAGS, ACC, K, ROWS, BLOCK, STAGES
+            ).to(tl.float64)
+    else:
+        i = tl.program_id(0)
+        shares += row_tile(
+            i, logits, out, target, rows, v, per_row, sizes, MODE, PHI, FLAGS, ACC, K, ROWS, BLOCK, STAGES
+        ).to(tl.float64)
     if MODE == FUSED:
-        total = tl.sum(tl.sum(loss_sum, axis=1), axis=0)
-        tl.store(rows.loss_parts + tl.program_id(0), total)
+        tl.store(rows.loss_parts + tl.program_id(0), tl.sum(tl.sum(shares, axis=1), axis=0))
 
 
 @triton.jit

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
+# Functions under triton.jit are Triton's language, not Python: their values have no Python types.
+# mypy: disable-error-code="import-untyped,import-not-found,no-untyped-def,no-untyped-call,untyped-decorator"
 """Scalar functions of the Triton kernels, accurate near 0 and at infinity, with what Triton alone offers.
 
 ``tl.extra.libdevice`` is not used: it exists on one vendor's GPUs only and not in the interpreter.
