@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Launches: facts of the device, the kernels before and after the row kernel (denominator and loss), the two calls.
-#include "launch.h"
-
 #include <map>
 #include <mutex>
 
 #include "device.cuh"
+#include "launch.h"
 #include "sums.cuh"
 
 namespace softce::cuda {
@@ -124,11 +123,12 @@ RowParams params_of(const Problem& problem, float* stats) {
   return p;
 }
 
-std::string launch_kernel(const Problem& problem, const RowParams& params, bool fused, int device, cudaStream_t stream) {
+std::string launch_kernel(const Problem& problem, const RowParams& params, bool fused, int device,
+                          cudaStream_t stream) {
   const Device& facts = device_of(device);
-  const TargetKind kind = problem.target.index ? TargetKind::sparse
+  const TargetKind kind = problem.target.index                                                ? TargetKind::sparse
                           : problem.spec.dense_kind == static_cast<double>(DenseKind::logits) ? TargetKind::teacher
-                                                                                             : TargetKind::probs;
+                                                                                              : TargetKind::probs;
   const RowShape shape = shape_of(problem, fused);
   const DType dense = problem.target.dense.dtype;
   switch (problem.logits.dtype) {

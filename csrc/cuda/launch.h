@@ -15,10 +15,10 @@ namespace softce::cuda {
 struct Fused {
   const float* row_weight = nullptr;  // (R,) or null
   bool mean = true;
-  float* loss = nullptr;     // 1 element
-  void* out = nullptr;       // gradient, element type of the logits; may be the logits' memory
-  int64_t out_stride = 0;    // elements between its rows
-  void* scratch = nullptr;   // fused_scratch_bytes(R), 16-byte aligned
+  float* loss = nullptr;    // 1 element
+  void* out = nullptr;      // gradient, element type of the logits; may be the logits' memory
+  int64_t out_stride = 0;   // elements between its rows
+  void* scratch = nullptr;  // fused_scratch_bytes(R), 16-byte aligned
 };
 
 size_t fused_scratch_bytes(int64_t rows);

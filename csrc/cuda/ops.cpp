@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The CUDA kernels as operators of their own, torch.ops.softce_cuda.*, with the arguments of those in softce/ops.py, and
-// the facts that softce/backends/cuda.py reads. Checks and allocation only; everything goes through LibTorch's stable
-// ABI, so one build serves every torch from TORCH_TARGET_VERSION on, and the library loads where there is no GPU.
+// The CUDA kernels as operators of their own, torch.ops.softce_cuda.*, with the arguments of those in softce/ops.py,
+// and the facts that softce/backends/cuda.py reads. Checks and allocation only; everything goes through LibTorch's
+// stable ABI, so one build serves every torch from TORCH_TARGET_VERSION on, and the library loads where there is no
+// GPU.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -158,7 +159,8 @@ Call call_of(const Tensor& logits, const Arguments& args, int64_t ignore_index, 
     fail("logits must have 1 to ", kMaxClasses, " classes, got shape ", call.logits.shape());
   problem.spec = spec_of(spec);
   set_target(call, args, ignore_index);
-  if (call.place.type != aoti_torch_device_type_cuda()) fail("logits must be on a CUDA device for the CUDA C++ kernels");
+  if (call.place.type != aoti_torch_device_type_cuda())
+    fail("logits must be on a CUDA device for the CUDA C++ kernels");
   const std::string reason = device_reason(call.place.index);
   if (!reason.empty()) fail("the CUDA C++ kernels cannot run on device ", call.place.index, ": ", reason);
   return call;
@@ -170,9 +172,9 @@ void check_in_place(const Call& call, const Arguments& args, const OptionalTenso
   if (view.empty()) return;
   if (view.sizes[0] > 1 && view.strides[0] < view.sizes[1])
     fail("in place, logits of shape ", view.shape(), " must not overlap themselves (expanded logits?)");
-  const std::pair<const OptionalTensor&, const char*> others[] = {
-      {args.index, "index"}, {args.value, "value"},   {args.rest, "rest"},
-      {args.dense, "dense"}, {args.weight, "weight"}, {row_weight, "row_weight"}};
+  const std::pair<const OptionalTensor&, const char*> others[] = {{args.index, "index"},   {args.value, "value"},
+                                                                  {args.rest, "rest"},     {args.dense, "dense"},
+                                                                  {args.weight, "weight"}, {row_weight, "row_weight"}};
   for (const auto& [tensor, name] : others) {
     if (!tensor) continue;
     const View other = view_at(*tensor, name, call.place);
@@ -201,7 +203,8 @@ Tensor new_tensor_at(const Place& place, std::initializer_list<int64_t> sizes, i
   const auto dim = static_cast<int64_t>(sizes.size());
   if (dim == 2) strides[0] = sizes.begin()[1] > 0 ? sizes.begin()[1] : 1;
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes.begin(), strides, dtype, place.type, place.index, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes.begin(), strides, dtype, place.type, place.index, &handle));
   return Tensor(handle);
 }
 
@@ -247,8 +250,8 @@ Tensor row_stats(const Tensor& logits, const OptionalTensor& index, const Option
   const Call call = call_of(logits, {index, value, rest, dense, weight}, ignore_index, spec, extras);
   const torch::stable::accelerator::DeviceGuard guard(call.place.index);
   Tensor stats = new_tensor_at(call.place, {kStats, call.problem.batch}, aoti_torch_dtype_float32());
-  check_launch(launch_row_stats(call.problem, static_cast<float*>(data_of(stats)), call.place.index,
-                                stream_of(call.place)));
+  check_launch(
+      launch_row_stats(call.problem, static_cast<float*>(data_of(stats)), call.place.index, stream_of(call.place)));
   return stats;
 }
 

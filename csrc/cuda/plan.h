@@ -6,17 +6,17 @@
 namespace softce::cuda {
 
 constexpr int kMaxWarps = 8;
-constexpr int kMaxEntries = 256;               // one thread of a block an entry
-constexpr int64_t kMaxClasses = 1LL << 30;     // positions within a row are 32-bit, offsets of rows 64-bit
+constexpr int kMaxEntries = 256;            // one thread of a block an entry
+constexpr int64_t kMaxClasses = 1LL << 30;  // positions within a row are 32-bit, offsets of rows 64-bit
 constexpr int kPortableCluster = 8, kLargestCluster = 16;
 
 // What the plan needs to know of a device.
 struct DeviceFacts {
   int multiprocessors = 0;
-  int shared_per_block = 0;           // largest dynamic shared memory of a block, opted in
+  int shared_per_block = 0;  // largest dynamic shared memory of a block, opted in
   int shared_per_multiprocessor = 0;
-  int shared_reserved = 0;            // of each block, by the driver
-  bool clusters = false;              // bulk copies, clusters and distributed shared memory: compute capability 9 on
+  int shared_reserved = 0;  // of each block, by the driver
+  bool clusters = false;    // bulk copies, clusters and distributed shared memory: compute capability 9 on
 };
 
 // stats: one read, no gradient.  resident: the row stays in shared memory between its two sweeps.
@@ -25,19 +25,19 @@ enum class RowMode : int { stats = 0, resident = 1, twice = 2 };
 
 struct RowShape {
   int64_t rows = 0, classes = 0;
-  int entries = 0;          // of a sparse target, 0 if dense
-  int logit_bytes = 4;      // of one element
-  int dense_bytes = 0;      // of one element, 0 if sparse
+  int entries = 0;      // of a sparse target, 0 if dense
+  int logit_bytes = 4;  // of one element
+  int dense_bytes = 0;  // of one element, 0 if sparse
   bool fused = false;
 };
 
 struct Plan {
   RowMode mode = RowMode::stats;
-  int cluster = 1;          // blocks a row
-  int warps = 1;            // a block
-  int units = 0;            // 16-byte units of logits a slice, one slice a warp
+  int cluster = 1;               // blocks a row
+  int warps = 1;                 // a block
+  int units = 0;                 // 16-byte units of logits a slice, one slice a warp
   int x_bytes = 0, t_bytes = 0;  // shared memory of a slice: logits, dense target
-  int shared = 0;           // dynamic shared memory of a block
+  int shared = 0;                // dynamic shared memory of a block
 };
 
 // Fixed part of a block's shared memory, ahead of the slices: barriers, partial sums, entries (row_kernel.cuh).
@@ -45,11 +45,16 @@ constexpr int kFixedShared = 8 * kMaxWarps + 2 * 32 * (kMaxWarps + kLargestClust
 #ifdef __CUDACC__
 __host__ __device__
 #endif
-inline int fixed_shared(int entries) { return (kFixedShared + 2 * entries * 16 + 127) / 128 * 128; }
+    inline int fixed_shared(int entries) {
+  return (kFixedShared + 2 * entries * 16 + 127) / 128 * 128;
+}
 
-inline int64_t staged_length(int64_t elements, int64_t element_bytes) { return (elements * element_bytes + 31) / 16 * 16; }
+inline int64_t staged_length(int64_t elements, int64_t element_bytes) {
+  return (elements * element_bytes + 31) / 16 * 16;
+}
 
-// Warps of a block: about eight units a lane keep loads in flight, and the entries of a sparse target want a thread each.
+// Warps of a block: about eight units a lane keep loads in flight, and the entries of a sparse target want a thread
+// each.
 inline int warps_for(const RowShape& shape, int cluster) {
   const int64_t row_units = shape.classes * shape.logit_bytes / 16;
   const int64_t wanted = (row_units / cluster + 255) / 256, least = (shape.entries + 31) / 32;
@@ -69,7 +74,7 @@ inline Plan plan_with(const RowShape& shape, RowMode mode, int cluster, int warp
   int64_t shared = fixed_shared(shape.entries);
   plan.units = static_cast<int>(units);
   if (mode == RowMode::resident) {
-    constexpr int64_t kTooMuch = 1 << 30;  // far beyond any device, and still an int
+    constexpr int64_t kTooMuch = 1 << 30;                        // far beyond any device, and still an int
     const int64_t most = units * per_unit + 2 * (per_unit - 1);  // a slice's elements, the row's head and tail included
     const int64_t x_bytes = staged_length(most, shape.logit_bytes);
     const int64_t t_bytes = shape.dense_bytes ? staged_length(most, shape.dense_bytes) : 0;
@@ -85,8 +90,8 @@ inline Plan plan_with(const RowShape& shape, RowMode mode, int cluster, int warp
   return plan;
 }
 
-// Blocks a row where nothing has to be held: more than one only while the rows alone leave multiprocessors idle and every
-// block would still have work.
+// Blocks a row where nothing has to be held: more than one only while the rows alone leave multiprocessors idle and
+// every block would still have work.
 inline int spread(const RowShape& shape, const DeviceFacts& device) {
   int cluster = 1;
   const int64_t row_bytes = shape.classes * (shape.logit_bytes + shape.dense_bytes);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The instructions that C++ has no words for: clusters, shuffles, asynchronous copies. emulation/on_cpu.h gives the same
-// functions to a CPU, so that everything built on them can be run without a GPU.
+// The instructions that C++ has no words for: clusters, shuffles, asynchronous copies. emulation/on_cpu.h gives the
+// same functions to a CPU, so that everything built on them can be run without a GPU.
 #pragma once
 #include <cstdint>
 
@@ -75,11 +75,10 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int phase) {
   const uint32_t address = shared_address(barrier);
   uint32_t done;
   do {
-    asm volatile(
-        "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(address), "r"(phase)
-        : "memory");
+    asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(address), "r"(phase)
+                 : "memory");
   } while (!done);
 }
 

@@ -82,7 +82,8 @@ __device__ __forceinline__ EntrySums sum_entries(const Entry* entries, int count
   });
 }
 
-// What a kernel may ask of the registers without a spill: a dense target wider than the logits, or a teacher, takes more.
+// What a kernel may ask of the registers without a spill: a dense target wider than the logits, or a teacher, takes
+// more.
 template <class T, class D, TargetKind K, RowMode M>
 struct Tuning {
   static constexpr bool kResident = M == RowMode::resident;
@@ -92,7 +93,8 @@ struct Tuning {
 };
 
 template <class T, class D, TargetKind K, RowMode M>
-__global__ void __launch_bounds__(kMaxWarps* kLanes, Tuning<T, D, K, M>::kBlocksAtOnce) row_kernel(const __grid_constant__ RowParams p) {
+__global__ void __launch_bounds__(kMaxWarps* kLanes, Tuning<T, D, K, M>::kBlocksAtOnce)
+    row_kernel(const __grid_constant__ RowParams p) {
   constexpr bool kExact = sizeof(T) == 4;
   constexpr bool kResident = M == RowMode::resident;
   constexpr int kBatch = Tuning<T, D, K, M>::kBatch;
@@ -106,8 +108,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, Tuning<T, D, K, M>::kBlocks
   const auto join = [&p](const Acc<K>& a, const Acc<K>& b) { return merged<K, kExact>(a, b, p.scalars); };
 
   RowInputs inputs = {p.scalars.mix_b, 1.0f, 0.0, K == TargetKind::sparse && p.entries == 1 && !p.value};
-  if constexpr (M != RowMode::stats)
-    inputs.scale = reduced_scale(p.scale, p.counts, p.count_parts, p.empty_zero, lane);
+  if constexpr (M != RowMode::stats) inputs.scale = reduced_scale(p.scale, p.counts, p.count_parts, p.empty_zero, lane);
 
   unsigned char* const slices_at = memory + fixed_shared(p.entries);
   unsigned char* const x_memory = slices_at + warp * (p.x_bytes + p.t_bytes);
@@ -172,7 +173,8 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, Tuning<T, D, K, M>::kBlocks
 
     EntrySums sums;
     if constexpr (K == TargetKind::sparse) sums = sum_entries(entries, p.entries, acc.m, lane);
-    const RowResult result = finish_row<K>(acc, sums, K == TargetKind::sparse ? entries[0] : Entry{}, inputs, p.scalars);
+    const RowResult result =
+        finish_row<K>(acc, sums, K == TargetKind::sparse ? entries[0] : Entry{}, inputs, p.scalars);
     if (rank == 0 && thread == 0) {
       p.stats[kLoss * p.rows + row] = result.loss;
       p.stats[kLse * p.rows + row] = result.lse;
@@ -181,8 +183,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, Tuning<T, D, K, M>::kBlocks
       if constexpr (M != RowMode::stats) p.row_loss[row] = result.weighted_loss;
     }
     // Of another row than the one being written, so that in place it is still a logit.
-    if (K == TargetKind::sparse && more && thread < p.entries)
-      entry = read_entry<T>(p, row + step, thread, next_class);
+    if (K == TargetKind::sparse && more && thread < p.entries) entry = read_entry<T>(p, row + step, thread, next_class);
 
     if constexpr (M != RowMode::stats) {
       emit<T, D, K, kBatch>(slice, lane, p.scalars, result);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The arithmetic of one row, for host and device alike: a CPU program compiles this header with a plain C++ compiler and
-// holds it against a double-precision reference, so what a GPU runs has been run before.
+// The arithmetic of one row, for host and device alike: a CPU program compiles this header with a plain C++ compiler
+// and holds it against a double-precision reference, so what a GPU runs has been run before.
 //
 // z is a logit after the soft cap and before the temperature: y = z / temperature. Everything is taken relative to the
 // row's largest z, m, because sums of q * y would cancel for huge logits:
@@ -143,7 +143,7 @@ SOFTCE_HD void accumulate(Acc<K>& acc, const float (&x)[N], const float (&t)[N],
                           const RowScalars& s, bool uniform) {
   float z[N];
   float top = kMinusInf;
-SOFTCE_UNROLL
+  SOFTCE_UNROLL
   for (int i = 0; i < N; ++i) {
     z[i] = capped(x[i], s);
     top = fmaxf(top, z[i]);
@@ -151,14 +151,14 @@ SOFTCE_UNROLL
   if (top > acc.m) raise_reference<K, kExact>(acc, top, s);
   const float reference = finite_reference(acc.m);
   float sum = 0.0f;
-SOFTCE_UNROLL
+  SOFTCE_UNROLL
   for (int i = 0; i < N; ++i) {
     z[i] -= reference;
     sum += exp_below<kExact>(z[i], s.k_hi, s.k_lo);
   }
   acc.s += sum;
   if constexpr (K == TargetKind::probs) {
-SOFTCE_UNROLL
+    SOFTCE_UNROLL
     for (int i = 0; i < N; ++i) {
       const float q = w[i] * fmaf(s.mix_a, t[i], s.mix_b);
       acc.q += q;
@@ -166,7 +166,7 @@ SOFTCE_UNROLL
     }
   } else if (uniform) {
     float c = 0.0f, q = 0.0f;
-SOFTCE_UNROLL
+    SOFTCE_UNROLL
     for (int i = 0; i < N; ++i) {
       q += w[i];
       c = fmaf(w[i], w[i] == 0.0f ? 0.0f : z[i], c);
@@ -176,11 +176,11 @@ SOFTCE_UNROLL
   }
   if constexpr (K == TargetKind::teacher) {
     float teacher_top = kMinusInf;
-SOFTCE_UNROLL
+    SOFTCE_UNROLL
     for (int i = 0; i < N; ++i) teacher_top = fmaxf(teacher_top, t[i]);
     if (teacher_top > acc.tm) raise_teacher<kExact>(acc, teacher_top, s);
     const float teacher_reference = finite_reference(acc.tm);
-SOFTCE_UNROLL
+    SOFTCE_UNROLL
     for (int i = 0; i < N; ++i) {
       const float e = exp_below<kExact>(t[i] - teacher_reference, s.teacher_k_hi, s.teacher_k_lo);
       const float q = w[i] * e;

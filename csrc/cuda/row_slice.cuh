@@ -108,7 +108,7 @@ SOFTCE_HD Unit load_unit(const T* p, bool aligned) {
 #endif
     return unit;
   }
-SOFTCE_UNROLL
+  SOFTCE_UNROLL
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
       unit.word[i] = bits_of(p[i]);
@@ -142,7 +142,7 @@ template <class T, int N>
 SOFTCE_HD void store_unit(T* p, const float (&v)[N]) {
   static_assert(N == kPerUnit<T>, "a unit is 16 bytes");
   Unit unit;
-SOFTCE_UNROLL
+  SOFTCE_UNROLL
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
       unit.word[i] = bits_of_float(v[i]);
@@ -211,8 +211,8 @@ SOFTCE_HD Range slice_range(const T* row, int classes, int units, int slice, int
   return range;
 }
 
-// Where n elements at a global address lie in a 16-byte aligned buffer: at the same offset from a unit boundary, so that
-// whole units can be copied as such.
+// Where n elements at a global address lie in a 16-byte aligned buffer: at the same offset from a unit boundary, so
+// that whole units can be copied as such.
 template <class T>
 SOFTCE_HD T* staged(unsigned char* buffer, const T* global) {
   return reinterpret_cast<T*>(buffer + (reinterpret_cast<uintptr_t>(global) & (kUnit - 1)));
@@ -239,14 +239,14 @@ struct Slice {
 template <int N>
 SOFTCE_HD void load_floats(const float* p, bool aligned, float (&v)[N]) {
   if constexpr (N % 4 == 0) {
-SOFTCE_UNROLL
+    SOFTCE_UNROLL
     for (int u = 0; u < N / 4; ++u) {
       const Unit unit = load_unit(p + 4 * u, aligned);
-SOFTCE_UNROLL
+      SOFTCE_UNROLL
       for (int i = 0; i < 4; ++i) v[4 * u + i] = element<float>(unit, i);
     }
   } else {
-SOFTCE_UNROLL
+    SOFTCE_UNROLL
     for (int i = 0; i < N; ++i) v[i] = p[i];
   }
 }
@@ -256,7 +256,7 @@ SOFTCE_HD void class_weights(const float* w, int at, bool aligned, float (&v)[N]
   if (w) {
     load_floats(w + at, aligned, v);
   } else {
-SOFTCE_UNROLL
+    SOFTCE_UNROLL
     for (int i = 0; i < N; ++i) v[i] = 1.0f;
   }
 }
@@ -271,13 +271,13 @@ struct Loaded {
   SOFTCE_HD void load(const Slice<T, D>& slice, int at, bool x_aligned, bool t_aligned) {
     x = load_unit(slice.x + at, x_aligned);
     if constexpr (K != TargetKind::sparse) {
-SOFTCE_UNROLL
+      SOFTCE_UNROLL
       for (int u = 0; u < kDenseUnits; ++u) t[u] = load_unit(slice.t + at + u * kPerUnit<D>, t_aligned);
     }
   }
 
   SOFTCE_HD void unpack(float (&xs)[kElements], float (&ts)[kElements]) const {
-SOFTCE_UNROLL
+    SOFTCE_UNROLL
     for (int i = 0; i < kElements; ++i) {
       xs[i] = element<T>(x, i);
       if constexpr (K != TargetKind::sparse) {
@@ -308,12 +308,12 @@ SOFTCE_HD void sweep(const Slice<T, D>& slice, int lane, const RowScalars& s, bo
   const bool w_aligned = slice.w && is_aligned(slice.w + cut.head);
   for (int first = lane; first < cut.units; first += kLanes * kBatch) {
     Loaded<T, D, K> loaded[kBatch];
-SOFTCE_UNROLL
+    SOFTCE_UNROLL
     for (int b = 0; b < kBatch; ++b) {
       const int unit = first + b * kLanes;
       if (unit < cut.units) loaded[b].load(slice, cut.head + unit * N, true, t_aligned);
     }
-SOFTCE_UNROLL
+    SOFTCE_UNROLL
     for (int b = 0; b < kBatch; ++b) {
       const int unit = first + b * kLanes;
       if (unit < cut.units) {
@@ -351,19 +351,19 @@ SOFTCE_HD void emit(const Slice<T, D>& slice, int lane, const RowScalars& s, con
   const bool w_aligned = slice.w && is_aligned(slice.w + cut.head);
   for (int first = lane; first < cut.units; first += kLanes * kBatch) {
     Loaded<T, D, K> loaded[kBatch];
-SOFTCE_UNROLL
+    SOFTCE_UNROLL
     for (int b = 0; b < kBatch; ++b) {
       const int unit = first + b * kLanes;
       if (unit < cut.units) loaded[b].load(slice, cut.head + unit * N, x_aligned, t_aligned);
     }
-SOFTCE_UNROLL
+    SOFTCE_UNROLL
     for (int b = 0; b < kBatch; ++b) {
       const int unit = first + b * kLanes;
       if (unit < cut.units) {
         float x[N], t[N], w[N];
         loaded[b].unpack(x, t);
         class_weights(slice.w, cut.head + unit * N, w_aligned, w);
-SOFTCE_UNROLL
+        SOFTCE_UNROLL
         for (int i = 0; i < N; ++i)
           x[i] = gradient_of<kExact>(capped(x[i], s), pull_of<K, kExact>(t[i], w[i], r, s), r, s);
         store_unit(slice.out + cut.head + unit * N, x);
@@ -373,8 +373,7 @@ SOFTCE_UNROLL
   if (edge >= 0) {
     float x[1], t[1], w[1];
     unpack_one<T, D, K>(slice, edge, x, t, w);
-    store_one(slice.out + edge,
-              gradient_of<kExact>(capped(x[0], s), pull_of<K, kExact>(t[0], w[0], r, s), r, s));
+    store_one(slice.out + edge, gradient_of<kExact>(capped(x[0], s), pull_of<K, kExact>(t[0], w[0], r, s), r, s));
   }
 }
 
@@ -394,9 +393,7 @@ SOFTCE_HD void emit_entries(const Slice<T, D>& slice, const Entry* entries, int 
       if (other < k) first = false;
       q += entries[other].q;
     }
-    if (first)
-      store_one(slice.out + at,
-                gradient_of<sizeof(T) == 4>(entry.z, fmaf(r.d, q, r.pull_1 * entry.w), r, s));
+    if (first) store_one(slice.out + at, gradient_of<sizeof(T) == 4>(entry.z, fmaf(r.d, q, r.pull_1 * entry.w), r, s));
   }
 }
 

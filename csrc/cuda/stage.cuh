@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Joining over warps and clusters, and the staging of a warp's slice in shared memory: by one bulk copy that completes on
-// the warp's own mbarrier (compute capability 9.0 on), else by 16-byte cp.async of every lane. Bytes outside whole
+// Joining over warps and clusters, and the staging of a warp's slice in shared memory: by one bulk copy that completes
+// on the warp's own mbarrier (compute capability 9.0 on), else by 16-byte cp.async of every lane. Bytes outside whole
 // 16-byte units travel through registers.
 #pragma once
 #include "row_slice.cuh"

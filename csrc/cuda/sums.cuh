@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The kernels before and after the row kernel: the mean's denominator and the loss. Sums run in double, in an order that
-// depends on the number of rows alone.
+// The kernels before and after the row kernel: the mean's denominator and the loss. Sums run in double, in an order
+// that depends on the number of rows alone.
 #pragma once
 #include "row_kernel.cuh"
 
@@ -55,9 +55,8 @@ __global__ void __launch_bounds__(kSumThreads) sum_losses(const float* row_loss,
   if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(kLanes)
-    finish_loss(const double* losses, int loss_parts, const double* counts, int count_parts, double scale,
-                bool empty_zero, float* loss) {
+__global__ void __launch_bounds__(kLanes) finish_loss(const double* losses, int loss_parts, const double* counts,
+                                                      int count_parts, double scale, bool empty_zero, float* loss) {
   const int lane = threadIdx.x;
   const double factor = reduced_scale(scale, counts, count_parts, empty_zero, lane);
   double sum = 0.0;

@@ -118,8 +118,8 @@ inline int64_t check_plans() {
   ampere.clusters = false;
   small = ampere;
   small.multiprocessors = 84, small.shared_per_block = 101376, small.shared_per_multiprocessor = 102400;
-  const int64_t classes[] = {1,     2,     7,      8,      9,      255,    1000,   4096,    32000,   32768,     50257,
-                             65537, 128256, 151936, 256000, 262144, 999999, 1 << 20, 4000001, kMaxClasses};
+  const int64_t classes[] = {1,     2,     7,      8,      9,      255,    1000,   4096,    32000,   32768,
+                             50257, 65537, 128256, 151936, 256000, 262144, 999999, 1 << 20, 4000001, kMaxClasses};
   int64_t plans = 0;
   for (const DeviceFacts& device : {hopper, ampere, small})
     for (const int64_t n : classes)
@@ -138,7 +138,8 @@ inline int64_t check_plans() {
                 c.classes = static_cast<int>(n), c.rows = rows, c.mode = plan.mode, c.cluster = plan.cluster;
                 c.warps = plan.warps, c.entries = entries;
                 if (plan.shared > device.shared_per_block) report(c, "the plan wants more shared memory than there is");
-                if (plan.cluster > largest && plan.mode == RowMode::resident) report(c, "the plan's cluster is too large");
+                if (plan.cluster > largest && plan.mode == RowMode::resident)
+                  report(c, "the plan's cluster is too large");
                 if (!device.clusters && plan.cluster != 1) report(c, "a cluster where there is none");
                 if (plan.warps < 1 || plan.warps > kMaxWarps || plan.warps * kLanes < entries)
                   report(c, "the plan's warps do not suffice");

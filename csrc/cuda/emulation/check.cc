@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Runs the kernels of this directory on a CPU against the double-precision reference, over random shapes, alignments,
-// splits, targets and options. Needs a C++17 compiler and nothing else; build with -DSOFTCE_BULK=1 for the code of compute
-// capability 9.0 on, 0 for the code before. Usage: check CASES SEED. Prints one line a failure, and a summary.
+// splits, targets and options. Needs a C++17 compiler and nothing else; build with -DSOFTCE_BULK=1 for the code of
+// compute capability 9.0 on, 0 for the code before. Usage: check CASES SEED. Prints one line a failure, and a summary.
 #include <cstddef>
 #include <string>
 
@@ -39,7 +39,8 @@ struct Random {
   double normal() { return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform()); }
 };
 
-// ---- arrays: exactly as large as they may be touched, any alignment of the first element, NaN where no element is ----
+// ---- arrays: exactly as large as they may be touched, any alignment of the first element, NaN where no element is
+// ----
 
 template <class T>
 struct Rows {
@@ -72,13 +73,13 @@ struct Case {
     const char* const modes[] = {"stats", "resident", "twice"};
     return std::string(modes[static_cast<int>(mode)]) + " R=" + std::to_string(rows) + " C=" + std::to_string(classes) +
            " K=" + std::to_string(entries) + " cluster=" + std::to_string(cluster) + " warps=" + std::to_string(warps) +
-           (in_place ? " in place" : "") + " offsets " + std::to_string(x_offset) + "/" + std::to_string(out_offset) + "/" +
-           std::to_string(t_offset) + "/" + std::to_string(w_offset) + " gaps " + std::to_string(x_gap) + "/" +
+           (in_place ? " in place" : "") + " offsets " + std::to_string(x_offset) + "/" + std::to_string(out_offset) +
+           "/" + std::to_string(t_offset) + "/" + std::to_string(w_offset) + " gaps " + std::to_string(x_gap) + "/" +
            std::to_string(out_gap) + "/" + std::to_string(t_gap) + (weighted ? " weights" : "") +
-           (valued ? " values" : "") + (rested ? " rest" : "") + (row_weighted ? " row weights" : "") + " mix_b=" +
-           std::to_string(spec.mix_b) + " T=" + std::to_string(spec.temperature) + " cap=" + std::to_string(spec.softcap) +
-           " z=" + std::to_string(spec.z_loss) + " phi=" + std::to_string(static_cast<int>(spec.phi)) + " seed " +
-           std::to_string(seed);
+           (valued ? " values" : "") + (rested ? " rest" : "") + (row_weighted ? " row weights" : "") +
+           " mix_b=" + std::to_string(spec.mix_b) + " T=" + std::to_string(spec.temperature) +
+           " cap=" + std::to_string(spec.softcap) + " z=" + std::to_string(spec.z_loss) +
+           " phi=" + std::to_string(static_cast<int>(spec.phi)) + " seed " + std::to_string(seed);
   }
 };
 
@@ -154,8 +155,9 @@ struct Runner {
       for (int64_t r = 0; r < c.rows; ++r) {
         const bool zeros = random.chance(30);
         for (int i = 0; i < c.classes; ++i) {
-          const double v = K == TargetKind::probs ? (zeros && random.chance(50) ? 0.0 : random.uniform() * 2 / c.classes)
-                                                  : (zeros && random.chance(50) ? -reference::kInf : 4 * random.normal());
+          const double v = K == TargetKind::probs
+                               ? (zeros && random.chance(50) ? 0.0 : random.uniform() * 2 / c.classes)
+                               : (zeros && random.chance(50) ? -reference::kInf : 4 * random.normal());
           from_float(static_cast<float>(v), dense.at(r, i));
         }
         if (K == TargetKind::teacher && zeros) from_float(1.0f, dense.at(r, random.below(c.classes)));
@@ -163,10 +165,12 @@ struct Runner {
     }
     if (c.weighted) {
       weight.allocate(1, c.classes, c.classes, c.w_offset);
-      for (int i = 0; i < c.classes; ++i) weight.at(0, i) = random.chance(10) ? 0.0f : static_cast<float>(random.uniform());
+      for (int i = 0; i < c.classes; ++i)
+        weight.at(0, i) = random.chance(10) ? 0.0f : static_cast<float>(random.uniform());
     }
     if (c.row_weighted)
-      for (int64_t r = 0; r < c.rows; ++r) row_weight.push_back(random.chance(20) ? 0.0f : static_cast<float>(random.uniform()));
+      for (int64_t r = 0; r < c.rows; ++r)
+        row_weight.push_back(random.chance(20) ? 0.0f : static_cast<float>(random.uniform()));
   }
 
   reference::Result expected(int64_t r) {
@@ -185,9 +189,10 @@ struct Runner {
     return reference::run(row, c.spec);
   }
 
-  void launch(uint64_t schedule, bool late) {
+  void launch(uint64_t schedule, bool late, bool unfair) {
     emulation::machine().random = schedule;
     emulation::machine().late_copies = late;
+    emulation::machine().unfair = unfair;
     RowShape shape;
     shape.rows = c.rows, shape.classes = c.classes, shape.entries = c.entries;
     shape.logit_bytes = sizeof(T), shape.dense_bytes = K == TargetKind::sparse ? 0 : sizeof(D);
@@ -265,7 +270,8 @@ struct Runner {
     for (int64_t r = 0; r < c.rows; ++r) {
       const reference::Result& row = want[static_cast<size_t>(r)];
       const double rw = c.row_weighted ? row_weight[static_cast<size_t>(r)] : 1.0;
-      denominator += rw * (row.ignored ? 0 : (row.bad_index && c.weighted && c.entries == 1 && !c.valued ? nan("") : row.count));
+      denominator +=
+          rw * (row.ignored ? 0 : (row.bad_index && c.weighted && c.entries == 1 && !c.valued ? nan("") : row.count));
       total += row.ignored ? 0 : rw * row.transformed;
       total_size += std::fabs(rw * row.transformed);
       bad = bad || row.bad_index;
@@ -283,7 +289,7 @@ struct Runner {
       if (c.in_place) logits.memory.assign(before.begin(), before.end());
       Rows<T>& gradient = c.in_place ? logits : out;
       if (!c.in_place) std::fill(out.memory.begin(), out.memory.end(), 0xff);
-      launch(c.seed + static_cast<uint64_t>(attempt) * 977, attempt % 2 == 1);
+      launch(c.seed + static_cast<uint64_t>(attempt) * 977, attempt == 1, attempt == 2);
       if (!c.in_place && logits.memory != before) report(c, "the logits have changed");
       if (attempt > 0) {
         if (gradient.memory != first_gradient) report(c, "the gradient depends on the order of execution");
@@ -313,12 +319,15 @@ struct Runner {
       double wanted = row.ignored || g == 0 ? 0 : g * row.gradient[static_cast<size_t>(i)];
       if (row.bad_index && g != 0) wanted = nan("");
       ++elements_checked;
-      const double relative = kRounding<T> + 1e-5, absolute =
-          std::fabs(g) * (1e-5 * row.largest_term + (c.spec.softcap > 0 ? 4e-7 * row.uncapped_term : 0)) + 1e-37;
+      const double relative = kRounding<T> + 1e-5,
+                   absolute =
+                       std::fabs(g) * (1e-5 * row.largest_term + (c.spec.softcap > 0 ? 4e-7 * row.uncapped_term : 0)) +
+                       1e-37;
       const double smallest = std::is_same_v<T, f16> ? 6e-8 : 0;
       if (!close(got, wanted, relative, absolute + smallest)) {
         char text[160];
-        std::snprintf(text, sizeof text, "row %d gradient %d: %.9g, expected %.9g", static_cast<int>(r), i, got, wanted);
+        std::snprintf(text, sizeof text, "row %d gradient %d: %.9g, expected %.9g", static_cast<int>(r), i, got,
+                      wanted);
         report(c, text);
         return;
       }
@@ -374,6 +383,7 @@ int main(int argc, char** argv) {
   int run = 0;
   for (int i = 0; i < cases; ++i) run += run_case(seed * 1000003 + static_cast<uint64_t>(i));
   std::printf("cases %d, elements %lld, nan rows %d, ignored rows %d, plans %lld, failures %d\n", run,
-              static_cast<long long>(elements_checked), nan_rows, ignored_rows, static_cast<long long>(plans), failures);
+              static_cast<long long>(elements_checked), nan_rows, ignored_rows, static_cast<long long>(plans),
+              failures);
   return failures ? 1 : 0;
 }

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Runs the CUDA kernels of this directory on a CPU, threads, barriers and asynchronous copies included, so that they can
-// be checked where there is no GPU. Every thread of a cluster is a fiber; a fiber runs until it waits, then a seeded
-// random one of those that can run goes on. A result that depends on the seed is a missing barrier.
+// Runs the CUDA kernels of this directory on a CPU, threads, barriers and asynchronous copies included, so that they
+// can be checked where there is no GPU. Every thread of a cluster is a fiber; a fiber runs until it waits, then another
+// one that can run goes on: a seeded random one, or (`unfair`) one of the warp that ranks first in a random order of
+// the warps, which drives warps as far apart as the barriers let them. A result that depends on it is a missing
+// barrier.
 //
-// Asynchronous copies are made either at once or as late as a wait allows (`late_copies`): the first shows a buffer that
-// is filled while still in use, the second one that is read without waiting.
+// Asynchronous copies are made either at once or as late as a wait allows (`late_copies`): the first shows a buffer
+// that is filled while still in use, the second one that is read without waiting.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -78,6 +80,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   Index thread, block;
   int rank = 0;
+  size_t priority = 0;
   bool done = false;
   std::vector<Copy> copies;  // of this thread alone
 };
@@ -86,11 +89,11 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Block> blocks;  // of the cluster that runs
   Barrier cluster_barrier;
-  std::vector<int> ready;
+  std::map<size_t, std::vector<int>> ready;  // fibers that can run, by priority
   jmp_buf scheduler;
   int current = 0;
   uint64_t random = 1;
-  bool late_copies = false;
+  bool late_copies = false, unfair = false;
   Index grid, block_size;
   std::function<void()> body;
 
@@ -102,14 +105,14 @@ struct Machine {
     barrier.waiting.push_back(current);
     if (++barrier.arrived == barrier.expected) {
       barrier.arrived = 0;
-      ready.insert(ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+      for (const int number : barrier.waiting) make_ready(number);
       barrier.waiting.clear();
     }
     leave();
   }
 
   void yield() {
-    ready.push_back(current);
+    make_ready(current);
     leave();
   }
 
@@ -123,6 +126,18 @@ struct Machine {
     if (next.begun) _longjmp(next.jump, 1);
     next.begun = true;
     setcontext(&next.context);
+  }
+
+  void make_ready(int number) { ready[unfair ? fibers[static_cast<size_t>(number)].priority : 0].push_back(number); }
+
+  int next_ready() {
+    const auto first = ready.begin();
+    std::vector<int>& among = first->second;
+    std::swap(among[pick(among.size())], among.back());
+    const int number = among.back();
+    among.pop_back();
+    if (among.empty()) ready.erase(first);
+    return number;
   }
 
   size_t pick(size_t n) {
@@ -170,24 +185,25 @@ inline void launch(int blocks, int cluster, int threads, int shared_bytes, std::
       Block& block = m.blocks[static_cast<size_t>(rank)];
       block.barrier.expected = threads;
       block.warps.resize(static_cast<size_t>(threads) / 32);
+      const size_t block_priority = m.pick(1 << 16) << 16;
       for (Warp& warp : block.warps) warp.barrier.expected = 32;
-      block.shared = static_cast<unsigned char*>(std::aligned_alloc(128, static_cast<size_t>(shared_bytes + 127) / 128 * 128));
+      block.shared =
+          static_cast<unsigned char*>(std::aligned_alloc(128, static_cast<size_t>(shared_bytes + 127) / 128 * 128));
       std::memset(block.shared, 0xff, static_cast<size_t>(shared_bytes));  // NaN in every type
       for (int thread = 0; thread < threads; ++thread) {
         const int number = rank * threads + thread;
         Fiber& fiber = m.fibers[static_cast<size_t>(number)];
         fiber.rank = rank;
+        fiber.priority =
+            thread % 32 ? m.fibers[static_cast<size_t>(number - 1)].priority : block_priority + m.pick(1 << 16);
         fiber.thread.x = static_cast<unsigned>(thread);
         fiber.block.x = static_cast<unsigned>(first + rank);
         begin(fiber);
-        m.ready.push_back(number);
+        m.make_ready(number);
       }
     }
     while (!m.ready.empty()) {
-      const size_t at = m.pick(m.ready.size());
-      m.current = m.ready[at];
-      m.ready[at] = m.ready.back();
-      m.ready.pop_back();
+      m.current = m.next_ready();
       m.resume();
     }
     for (const Fiber& fiber : m.fibers)

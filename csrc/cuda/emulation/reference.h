@@ -42,8 +42,7 @@ inline double phi(const Spec& s, double l) {
       return l == kInf || a == 0 ? l : (l == 0 ? 0 : std::pow(-std::expm1(-l), a) * l);
     case Phi::label_relaxation:
       if (a == 0) return l;
-      return l < -std::log1p(-a) ? 0
-                                 : (1 - a) * (std::log1p(-a) + l) + a * (std::log(a) - std::log(-std::expm1(-l)));
+      return l < -std::log1p(-a) ? 0 : (1 - a) * (std::log1p(-a) + l) + a * (std::log(a) - std::log(-std::expm1(-l)));
     case Phi::generalized:
       return -std::expm1(-a * l) / a;
     case Phi::poly1:
@@ -59,8 +58,9 @@ inline double phi_slope(const Spec& s, double l) {
     const Phi kind = static_cast<Phi>(static_cast<int>(s.phi));
     return kind == Phi::generalized ? 0 : (kind == Phi::label_relaxation ? 1 - s.phi_p0 : 1);
   }
-  if (static_cast<Phi>(static_cast<int>(s.phi)) == Phi::generalized) return std::exp(-s.phi_p0 * l);  // differences of
-                                                                      // numbers near 1 / q have no digits left
+  if (static_cast<Phi>(static_cast<int>(s.phi)) == Phi::generalized)
+    return std::exp(-s.phi_p0 * l);  // differences of
+                                     // numbers near 1 / q have no digits left
   if (l < 1e-12) return (phi(s, 1e-12) - phi(s, 0)) / 1e-12;
   const double h = 1e-5 * (l < 1 ? l : 1);
   return (phi(s, l + h) - phi(s, l - h)) / (2 * h);
