@@ -121,7 +121,8 @@ def run_sanitizer() -> dict[str, Any]:
         return {"status": "skipped", "detail": "; ".join(reasons)}
     parts = {}
     pattern = "test_case and cuda and float32 and (5x11 or 3x257 or 2x4099 or 1x20011)"
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", pattern]
+    quiet = ["-o", "addopts=", "-q", "-x", "-p", "no:cacheprovider"]
+    tests = [sys.executable, "-m", "pytest", *quiet, "tests/test_gpu.py", "-k", pattern]
     # torch's caching allocator would hide an access behind a tensor's end.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for check in ("memcheck", "racecheck", "initcheck"):

@@ -54,7 +54,7 @@ if not INTERPRETED:
         broken = subprocess.run([sys.executable, probe], env=environment, capture_output=True, text=True)
         if broken.returncode:
             pytest.skip(f"this Triton's interpreter does not work here: {broken.stderr.strip().splitlines()[-1]}")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE)]
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-x", "-p", "no:cacheprovider", str(HERE)]
         expression = request.config.getoption("markexpr")
         if expression:
             command += ["-m", expression]

@@ -259,6 +259,31 @@ def test_other_forms_and_operators_do_not_spill(variant: Variant, monkeypatch: p
     check(variant, "sm_90", monkeypatch)
 
 
+# Sizes of 1 are constants of the compilation, and so is an ignore_index of 1.
+ONES = [
+    Variant("row_fused", (1, 1), F32, "sparse"),
+    Variant("row_grad", (4, 1), F64, "weighted", True),
+    Variant("row_stats", (1, 3, 1), F32, "topk", True),
+    Variant("row_fused", (1, 70000), F16, "softcap_teacher"),
+]
+
+
+@pytest.mark.parametrize("variant", ONES, ids=lambda v: v.name)
+def test_sizes_of_one(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(variant, "sm_90", monkeypatch)
+
+
+@pytest.mark.parametrize("phi", [1.0, 2.0, 3.0, 4.0])
+def test_row_losses(phi: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, index = meta(64, 1000, dtype=F32), meta(64, 1, dtype=torch.int64)
+    spec = list(Spec(phi=phi, phi_p0=0.5))
+    found = compile_call(
+        monkeypatch, "sm_90", "row_fused", logits, index, None, None, None, None, None, 1, spec, True, False
+    )
+    assert set(found) == {"count_kernel", "row_kernel", "loss_kernel"}
+    assert all(compiled.spills() == 0 for compiled in found.values())
+
+
 @pytest.mark.skipif(not os.environ.get("SOFTCE_COMPILE_ALL"), reason="SOFTCE_COMPILE_ALL=1 compiles every variant")
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_variant_spills(target: str, monkeypatch: pytest.MonkeyPatch) -> None:

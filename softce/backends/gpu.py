@@ -256,7 +256,7 @@ def _implementation(operator: str) -> Callable[..., Any]:
         if in_place:
             check_in_place(logits, **target._asdict(), **given)
         backend = _module(choose(operator, logits, target, spec, extras))
-        with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(logits):
             return getattr(backend, operator)(logits, *arguments)
 
     implementation.__name__ = operator
@@ -269,6 +269,6 @@ def register(key: str = "CUDA") -> None:
     ``key`` is another dispatch key only where the Triton kernels run in the interpreter, on CPU tensors.
     """
     if key not in _registered:
-        library = _registered[key] = torch.library.Library("softce", "IMPL")  # type: ignore[no-untyped-call]
+        library = _registered[key] = torch.library.Library("softce", "IMPL")
         for operator in OPERATORS:
-            library.impl(operator, _implementation(operator), key)  # type: ignore[no-untyped-call]
+            library.impl(operator, _implementation(operator), key)

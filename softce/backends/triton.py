@@ -193,8 +193,8 @@ def tiles_of(p: Problem, config: configs.Config) -> int:
     from .triton_blocks import PLANES
 
     if p.flags & PLANES.value:
-        return -(-p.sizes.inner // config.rows) * p.sizes.batch
-    return -(-p.sizes.batch // config.rows)
+        return int(-(-p.sizes.inner // config.rows) * p.sizes.batch)
+    return int(-(-p.sizes.batch // config.rows))
 
 
 def launch_shape(p: Problem) -> tuple[configs.Config, int]:
