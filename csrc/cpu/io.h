@@ -70,18 +70,19 @@ struct FloatIO {  // float32 and float64 as they are
 using F32 = FloatIO<float>;
 using F64 = FloatIO<double>;
 
-template <HalfV (*narrow)(F32V), F32V (*widen)(HalfV)>
+template <HalfV (*kNarrow)(F32V), F32V (*kWiden)(HalfV)>
 struct HalfIO {  // 16-bit elements in their order
   using Elem = uint16_t;
   using Acc = float;
   using V = F32V;
   static constexpr int NV = 1;
   static constexpr int kUnit = kLanes<float>;
-  static SOFTCE_INLINE void read(const Elem* p, V* v) { v[0] = widen(load<HalfV>(p)); }
+  static SOFTCE_INLINE HalfV narrow(F32V v) { return kNarrow(v); }
+  static SOFTCE_INLINE void read(const Elem* p, V* v) { v[0] = kWiden(load<HalfV>(p)); }
   static SOFTCE_INLINE void write(Elem* p, const V* v) { store(p, narrow(v[0])); }
   static SOFTCE_INLINE void write_stream(Elem* p, const V* v) { stream(p, narrow(v[0])); }
   static Elem from(float x) { return narrow(splat(x))[0]; }
-  static float to(Elem x) { return widen(HalfV{} | x)[0]; }
+  static float to(Elem x) { return kWiden(HalfV{} | x)[0]; }
   static constexpr int slot(int i) { return i; }
 };
 using F16 = HalfIO<narrow_f16, widen_f16>;
@@ -124,6 +125,15 @@ SOFTCE_INLINE void read_part(const typename X::Elem* p, int64_t n, typename X::V
 
 template <class X>
 SOFTCE_INLINE void write_part(typename X::Elem* p, int64_t n, const typename X::V* v) {
+#if defined(__AVX512F__)
+  if constexpr (X::NV == 1 && sizeof(typename X::Elem) == 4) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v[0]);
+    return;
+  } else if constexpr (X::NV == 1 && sizeof(typename X::Elem) == 2) {
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)X::narrow(v[0]));
+    return;
+  }
+#endif
   typename X::Elem buffer[X::kUnit];
   X::write(buffer, v);
   __builtin_memcpy(p, buffer, static_cast<size_t>(n) * sizeof(buffer[0]));

@@ -71,6 +71,14 @@ struct Exp {
     return y;
   }
 
+  // In place.
+  template <int kCount>
+  SOFTCE_INLINE void all(V* y) const {
+    constexpr int kAtOnce = kCount < kTogether ? kCount : kTogether;
+    static_assert(kCount % kAtOnce == 0, "whole groups");
+    for (int i = 0; i < kCount; i += kAtOnce) exp<kAtOnce>(y + i);
+  }
+
   // In place, step by step over all of them: each is one long chain of dependent operations, and a CPU looks only
   // so far ahead for the next.
   template <int kCount>
@@ -79,22 +87,22 @@ struct Exp {
     V t[kCount], n[kCount], p[kCount];
     for (int i = 0; i < kCount; ++i) y[i] = vmax(splat(lowest), y[i]);
     for (int i = 0; i < kCount; ++i) t[i] = fma(y[i], splat(A(1.44269504088896340736)), splat(magic));
-    keep_order(t, kCount);
+    keep_order<kCount>(t);
     for (int i = 0; i < kCount; ++i) n[i] = t[i] - splat(magic);
-    keep_order(n, kCount);
+    keep_order<kCount>(n);
     if constexpr (kF32 && kFusedMultiplyAdd) {
       // The error of this one step, 2e-9 |n|, is below the polynomial's where e^y counts.
       for (int i = 0; i < kCount; ++i) y[i] = fma(n[i], splat(A(-kLn2)), y[i]);
-      keep_order(y, kCount);
+      keep_order<kCount>(y);
     } else {
       for (int i = 0; i < kCount; ++i) y[i] = fma(n[i], splat(-kLow), fma(n[i], splat(-kHigh), y[i]));
     }
     for (int i = 0; i < kCount; ++i) p[i] = fma(y[i], splat(Poly::c[0]), splat(Poly::c[1]));
     for (int term = 2; term < Poly::kTerms; ++term) {
-      keep_order(p, kCount);
+      keep_order<kCount>(p);
       for (int i = 0; i < kCount; ++i) p[i] = fma(p[i], y[i], splat(Poly::c[term]));
     }
-    keep_order(p, kCount);
+    keep_order<kCount>(p);
     for (int i = 0; i < kCount; ++i) y[i] = p[i] * bits<V>(bits<U>(t[i]) << (kF32 ? 23 : 52));
   }
 };

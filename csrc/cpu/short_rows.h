@@ -23,7 +23,8 @@ struct ShortRows {
 
   struct Tile {
     Group<A> group;
-    A* e;  // (n, pitch)
+    A* e;         // (n, pitch)
+    Elem* stage;  // (n, classes) and 64 bytes
   };
 
   // The classes behind the full vectors. A row that more elements of the tensor follow is read past its end.
@@ -62,7 +63,7 @@ struct ShortRows {
       for (int i = 0; i < kCount; ++i) e[i] = y[i] = exp.affine(x[i]);
       if (masked) e[0] = y[0] = mask == 0 ? splat(A(-__builtin_inf())) : y[0];
       for (int i = 0; i < kCount; ++i) s.top = vmax(y[i], s.top);
-      exp.template exp<kCount>(e);
+      exp.template all<kCount>(e);
       for (int i = 0; i < kCount; ++i) {
         store(e_out + i * kLane, e[i]);
         s.e += e[i];
@@ -93,14 +94,16 @@ struct ShortRows {
       Accumulators s{V{}, V{}, V{}, V{}, top};
       int64_t c = 0;
       for (; c + 4 * kLane <= full; c += 4 * kLane) {
-        V in[4], target[4];
-        for (int k = 0; k < 4; ++k) {
-          X::read(x + c + k * kLane, in + k);
-          if constexpr (kDense) D::read(d + c + k * kLane, target + k);
+        for (int from = 0; from < 4; from += kTogether) {
+          V in[kTogether], target[kTogether];
+          for (int k = 0; k < kTogether; ++k) {
+            const int64_t at = c + (from + k) * kLane;
+            if ((from + k) * kLane * sizeof(Elem) % 64 == 0) __builtin_prefetch(x + at + 2048 / sizeof(Elem));
+            X::read(x + at, in + k);
+            if constexpr (kDense) D::read(d + at, target + k);
+          }
+          step.template operator()<kTogether>(in, target, e + c + from * kLane, s, false, mask);
         }
-        __builtin_prefetch(x + c + 2048 / int(sizeof(Elem)));
-        __builtin_prefetch(x + c + 2048 / int(sizeof(Elem)) + 2 * kLane);
-        step.template operator()<4>(in, target, e + c, s, false, mask);
       }
       for (; c < full; c += kLane) {
         V in, target;
@@ -158,10 +161,14 @@ struct ShortRows {
     }
   };
 
+  // Rows that are streamed go through a contiguous stage, whose bytes leave in whole cache lines.
   void second(Tile& tile) const {
     Group<A>& g = tile.group;
+    Elem* const first_out = reinterpret_cast<Elem*>(ctx.out_row(g.first));
+    const bool staged = ctx.call.stream && ctx.call.out.batch_stride == classes;
+    Elem* const stage = tile.stage + reinterpret_cast<uintptr_t>(first_out) % 64 / sizeof(Elem);
     for (int64_t i = 0; i < g.n; ++i) {
-      Elem* out = reinterpret_cast<Elem*>(ctx.out_row(g.first + i));
+      Elem* out = staged ? stage + i * classes : reinterpret_cast<Elem*>(ctx.out_row(g.first + i));
       if (g.live[i] == 0) {
         __builtin_memset(out, 0, size_t(classes) * sizeof(Elem));
         continue;
@@ -169,42 +176,31 @@ struct ShortRows {
       const Dense* d = reinterpret_cast<const Dense*>(ctx.dense_row(g.first + i));
       const A* e = tile.e + i * pitch;
       const Second step{splat(g.a[i]), splat(g.slope[i]), splat(g.base[i])};
-      if (full == 0) {
-        V v;
-        if constexpr (kDense) {
-          Dense padded[kLane] = {};
-          __builtin_memcpy(padded, d, size_t(classes) * sizeof(Dense));
-          v = step(e, padded);
-        } else {
-          v = step(e, nullptr);
-        }
-        write_part<X>(out, classes, &v);
-        continue;
+      for (int64_t c = 0; c < full; c += kLane) {
+        const V v = step(e + c, d + c);
+        X::write(out + c, &v);
       }
-      int64_t c = 0;
-      if (ctx.call.stream) {
-        constexpr int64_t kAlign = kLane * int64_t(sizeof(Elem));
-        const int64_t head = (kAlign - reinterpret_cast<intptr_t>(out) % kAlign) % kAlign / int64_t(sizeof(Elem));
-        if (head > 0) {
-          const V v = step(e, d);
-          X::write(out, &v);
-          c = head;
-        }
-        for (; c + kLane <= classes; c += kLane) {
-          const V v = step(e + c, d + c);
-          X::write_stream(out + c, &v);
-        }
-      } else {
-        for (; c + kLane <= classes; c += kLane) {
-          const V v = step(e + c, d + c);
-          X::write(out + c, &v);
-        }
-      }
-      if (c < classes) {  // the last full vector again, up to the row's end
+      if (full == classes) continue;
+      if (full > 0) {  // the last full vector again, up to the row's end
         const V v = step(e + classes - kLane, d + classes - kLane);
         X::write(out + classes - kLane, &v);
+      } else {
+        Dense padded[kLane] = {};
+        if constexpr (kDense) __builtin_memcpy(padded, d, size_t(classes) * sizeof(Dense));
+        const V v = step(e, padded);
+        write_part<X>(out, classes, &v);
       }
     }
+    if (staged) stream_bytes(reinterpret_cast<char*>(first_out), reinterpret_cast<char*>(stage), g.n * classes * int64_t(sizeof(Elem)));
+  }
+
+  static void stream_bytes(char* to, const char* from, int64_t n) {
+    int64_t i = (64 - reinterpret_cast<intptr_t>(to) % 64) % 64;
+    i = i < n ? i : n;
+    __builtin_memcpy(to, from, size_t(i));
+    for (; i + 64 <= n; i += 64)
+      for (int k = 0; k < 64; k += kVecBytes) stream(to + i + k, load<F32V>(from + i + k));
+    __builtin_memcpy(to + i, from + i, size_t(n - i));
   }
 
   double one(Tile& tile, int64_t first_row, int64_t n) const {
@@ -241,14 +237,15 @@ struct ShortRows {
 
   double run() const {
     int64_t height = kTileSize / pitch;
-    height = height > kGroup ? kGroup : height;
+    height = height > kGroup ? kGroup : height >= 16 ? height / 16 * 16 : height;  // whole cache lines
     const int64_t tiles = (ctx.rows + height - 1) / height;
     const int64_t work = height * classes, per_task = work >= kTask ? 1 : kTask / work;
     return sum_tasks(ctx.call.parallel, (tiles + per_task - 1) / per_task, [&](int64_t from, int64_t to, double* losses) {
       const size_t bytes = (sizeof(Tile) + 63) / 64 * 64;
-      char* memory = static_cast<char*>(scratch(0, bytes + size_t(height * pitch) * sizeof(A)));
+      char* memory = static_cast<char*>(scratch(0, bytes + size_t(height * pitch) * (sizeof(A) + sizeof(Elem)) + 64));
       Tile& tile = *reinterpret_cast<Tile*>(memory);
       tile.e = reinterpret_cast<A*>(memory + bytes);
+      tile.stage = reinterpret_cast<Elem*>(tile.e + height * pitch);
       for (int64_t task = from; task < to; ++task) {
         losses[task] = 0;
         for (int64_t k = task * per_task; k < tiles && k < (task + 1) * per_task; ++k)

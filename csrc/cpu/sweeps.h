@@ -17,7 +17,8 @@ struct Fast {
   using Dense = typename D::Elem;
   static constexpr int NV = X::NV;
   static constexpr int kUnit = X::kUnit;
-  static constexpr int kUnroll = 4 / NV;  // units in flight
+  static constexpr int kUnits = kTogether > NV ? kTogether / NV : 1;  // units whose exp is computed together
+  static constexpr int kUnroll = 4 / NV;                              // units a turn of the loop
   static constexpr int kDegree = sizeof(Elem) == 2 ? 4 : 5;
   static constexpr bool kBase = kKind == Kind::base;
   static constexpr bool kDense = kKind == Kind::probs || kKind == Kind::teacher;
@@ -34,21 +35,21 @@ struct Fast {
     Exp<A, kDegree> exp, teacher;
 
     template <int kCount>
-    SOFTCE_INLINE void step(const V* x, const V* d, A* e_out, A* t_out, Lanes& s) const {
+    SOFTCE_INLINE void step(const V* x, const V* d, A* e_out, A* t_out, Lanes& s, int parity) const {
       V y[kCount], e[kCount], t[kCount];
       for (int i = 0; i < kCount; ++i) e[i] = y[i] = exp.affine(x[i]);
       for (int i = 0; i < kCount; ++i) s.top = vmax(y[i], s.top);
       if constexpr (kBase || kDense)
         for (int i = 0; i < kCount; ++i) s.y += y[i];
-      exp.template exp<kCount>(e);
+      exp.template all<kCount>(e);
       for (int i = 0; i < kCount; ++i) {
         store(e_out + i * kLanes<A>, e[i]);
-        s.e[i & 1] += e[i];
+        s.e[(parity + i) & 1] += e[i];
       }
       if constexpr (kTeacher) {
         for (int i = 0; i < kCount; ++i) t[i] = teacher.affine(d[i]);
         for (int i = 0; i < kCount; ++i) s.ttop = vmax(t[i], s.ttop);
-        teacher.template exp<kCount>(t);
+        teacher.template all<kCount>(t);
         for (int i = 0; i < kCount; ++i) store(t_out + i * kLanes<A>, t[i]);
       } else if constexpr (kDense) {
         for (int i = 0; i < kCount; ++i) t[i] = d[i];
@@ -74,23 +75,25 @@ struct Fast {
     Lanes s{{V{}, V{}}, V{}, V{}, V{}, splat(kLow), splat(kLow)};
     int64_t i = 0;
     for (; i + kUnroll * kUnit <= n; i += kUnroll * kUnit) {
-      V in[kUnroll * NV], target[kUnroll * NV];
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t at = i + u * kUnit;
-        if (u * kUnit * sizeof(Elem) % 64 == 0) __builtin_prefetch(x + at + kAhead);
-        X::read(x + at, in + u * NV);
-        if constexpr (kDense) {
-          if (u * kUnit * sizeof(Dense) % 64 == 0) __builtin_prefetch(d + at + kAhead);
-          D::read(d + at, target + u * NV);
+      for (int u = 0; u < kUnroll; u += kUnits) {
+        V in[kUnits * NV], target[kUnits * NV];
+        for (int k = 0; k < kUnits; ++k) {
+          const int64_t at = i + (u + k) * kUnit;
+          if ((u + k) * kUnit * sizeof(Elem) % 64 == 0) __builtin_prefetch(x + at + kAhead);
+          X::read(x + at, in + k * NV);
+          if constexpr (kDense) {
+            if ((u + k) * kUnit * sizeof(Dense) % 64 == 0) __builtin_prefetch(d + at + kAhead);
+            D::read(d + at, target + k * NV);
+          }
         }
+        step.template step<kUnits * NV>(in, target, e + i + u * kUnit, teacher + i + u * kUnit, s, u);
       }
-      step.template step<kUnroll * NV>(in, target, e + i, teacher + i, s);
     }
     for (; i + kUnit <= n; i += kUnit) {
       V in[NV], target[NV];
       X::read(x + i, in);
       if constexpr (kDense) D::read(d + i, target);
-      step.template step<NV>(in, target, e + i, teacher + i, s);
+      step.template step<NV>(in, target, e + i, teacher + i, s, 0);
     }
     Sums out;
     if (i < n) {
@@ -99,7 +102,7 @@ struct Fast {
       read_part<X>(x + i, n - i, in, kLow);
       if constexpr (kDense) read_part<D>(d + i, n - i, target, kTeacher ? kLow : A(0));
       const V y = s.y;
-      step.template step<NV>(in, target, e + i, teacher + i, s);
+      step.template step<NV>(in, target, e + i, teacher + i, s, 0);
       s.y = y;
       if constexpr (kBase || kDense) {
         for (int64_t j = i; j < n; ++j) out.y += step.exp.affine(splat(X::to(x[j])))[0];

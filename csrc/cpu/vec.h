@@ -65,18 +65,21 @@ SOFTCE_INLINE void store(A* p, const V& v) {
 SOFTCE_INLINE F32V splat(float x) { return x - F32V{}; }
 SOFTCE_INLINE F64V splat(double x) { return x - F64V{}; }
 
-// Keeps the compiler from computing one vector's chain to its end before it starts the next one's.
-template <class V>
-SOFTCE_INLINE void keep_order(V* v, int count) {
-  for (int i = 0; i < count; ++i) {
-#if defined(__AVX512F__)
-    asm("" : "+v"(v[i]));
-#elif defined(__x86_64__)
-    asm("" : "+x"(v[i]));
-#elif defined(__aarch64__)
-    asm("" : "+w"(v[i]));
+// Vectors whose exp is computed together: as many as the registers hold without spilling.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTogether = 4;
+#else
+constexpr int kTogether = 1;
 #endif
-  }
+
+// Keeps the compiler from computing one vector's chain to its end before it starts the next one's. Only where the
+// registers suffice for it.
+template <int kCount, class V>
+SOFTCE_INLINE void keep_order(V* v) {
+#if defined(__AVX512F__)
+  for (int i = 0; i < kCount; ++i) asm("" : "+v"(v[i]));
+#endif
+  (void)v;
 }
 
 // a > b ? a : b, so b where either is nan.
