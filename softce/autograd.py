@@ -161,7 +161,16 @@ def row_stats(logits: Tensor, call: Call, extras: bool, inplace: bool = False) -
         if any(t is not None and t.requires_grad for t in call.target):
             raise RuntimeError("Options(inplace=True): the target must not require grad, it is read after the logits")
         return _InplaceRowStats.apply(logits, call, extras)  # type: ignore[no-any-return]
-    return ops.row_stats(logits, *call.target, call.ignore_index, call.spec, extras)  # type: ignore[no-any-return]
+    arguments = (logits, *call.target, call.ignore_index, call.spec, extras)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _any_requires_grad(logits, call.target)):
+        return ops.row_stats(*arguments)  # type: ignore[no-any-return]
+    # The operator's derivative lives in Python; where nothing needs it, going below it spares small inputs that visit.
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.row_stats(*arguments)  # type: ignore[no-any-return]
+
+
+def _any_requires_grad(logits: Tensor, target: KernelTarget) -> bool:
+    return logits.requires_grad or any(t is not None and t.requires_grad for t in target)
 
 
 _Packed = tuple[Call, Tensor | None, bool, bool, bool]
