@@ -182,16 +182,15 @@ def spot_of(block, b, i, s, FLAGS: tl.constexpr):
 
 @triton.jit
 def locate(tile, logits, out, target, sizes, FLAGS: tl.constexpr, ROWS: tl.constexpr):
-    tile = tl.cast(tile, tl.int64)
     i = tl.arange(0, ROWS)[:, None]
     if PLANES & FLAGS:
         tiles = tl.cdiv(sizes.inner, ROWS)
-        b = tile // tiles
-        s = tile % tiles * ROWS
+        b = tl.cast(tile // tiles, tl.int64)
+        s = tl.cast(tile % tiles, tl.int64) * ROWS
         here = s + i < sizes.inner
         row = b * sizes.inner + s + i
     else:
-        b = tile * ROWS
+        b = tl.cast(tile, tl.int64) * ROWS
         s = b * 0
         here = b + i < sizes.batch
         row = b + i

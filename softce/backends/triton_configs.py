@@ -72,6 +72,7 @@ TABLE: dict[str, tuple[tuple[int | None, Config], ...]] = {
 }
 FEW = 512  # up to here several rows share a tile
 FEW_TILE = 2048  # elements of such a tile, and of a tile of planes
+MANY_ENTRIES = 16  # from so many entries a row on, a tile has half as many elements
 PLANES_BLOCK = 64  # classes of a tile of planes; more than these are swept twice
 MOST_PROGRAMS = 16384  # of one tile each: their parts of the loss are added up by one more
 SAFE = Config(1, 1024, 8)
@@ -107,7 +108,7 @@ def choose(form: str, classes: int, inner: int, entries: int, wide: bool) -> Con
     """
     if _forced is not None:
         return _forced
-    tile = FEW_TILE // 2 if wide or form == EXTRAS else FEW_TILE
+    tile = FEW_TILE // 2 if wide or form == EXTRAS or entries >= MANY_ENTRIES else FEW_TILE
     if inner or classes <= FEW:
         block = max(16, power_of_two(classes))
         if inner:
@@ -119,7 +120,8 @@ def choose(form: str, classes: int, inner: int, entries: int, wide: bool) -> Con
     for most, config in TABLE.get(form, ((None, SAFE),)):
         if most is None or classes <= most:
             # float64 doubles what a row takes: sweep it twice instead.
-            return config if not wide or config.block <= 2048 else Config(1, 2048, 8, per_sm=2)
+            most_wide = 1024 if form == EXTRAS else 2048
+            return config if not wide or config.block <= most_wide else Config(1, most_wide, 8, per_sm=2)
     return SAFE
 
 
