@@ -18,9 +18,9 @@ struct Planes {
 
   struct Tile {
     Group<A> group;
-    A* e;            // (C, pitch)
-    int64_t pitch;   // rows of the tile, up to whole vectors
-    const Elem* x;   // the first row's class 0
+    A* e;           // (C, pitch)
+    int64_t pitch;  // rows of the tile, up to whole vectors
+    const Elem* x;  // the first row's class 0
     const Dense* d;
     Elem* out;
   };
@@ -130,7 +130,9 @@ struct Planes {
       first(tile, true);
     }
     const int64_t stride = ctx.problem.logits.class_stride;
-    index_group(ctx, g, [&](int64_t i, int64_t c) { return X::to(tile.x[c * stride + i]) * A(ctx.scale); });
+    index_group(
+        ctx, g, [&](int64_t i, int64_t c) { return X::to(tile.x[c * stride + i]) * A(ctx.scale); },
+        [&](int64_t i, int64_t c) { return tile.e[c * tile.pitch + i]; });
     const auto scale_row = [&](int64_t i, A factor) {
       for (int64_t c = 0; c < ctx.classes; ++c) tile.e[c * tile.pitch + i] *= factor;
     };
@@ -178,8 +180,8 @@ struct Planes {
 
 template <class A>
 inline bool planes_take(const Context<A>& ctx) {
-  return ctx.spec.softcap == 0 && !ctx.call.extras && ctx.call.coef_rows != 3 && !ctx.teacher && ctx.classes > 0 &&
-         (ctx.problem.inner > 1 || ctx.problem.logits.class_stride != 1);
+  return ctx.rows > 0 && ctx.classes > 0 && ctx.spec.softcap == 0 && !ctx.call.extras && ctx.call.coef_rows != 3 &&
+         !ctx.teacher && (ctx.problem.inner > 1 || ctx.problem.logits.class_stride != 1);
 }
 
 template <class X>
