@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from . import reference, validate
 from .autograd import Call, fused_loss, reraise, row_stats
+from .backends import gpu
 from .dispatch import is_plain, use_kernel
 from .layout import Layout, layout_of, per_row
 from .ops import CORRECT, COUNT, ENTROPY, LOSS, LSE, MASS, PHI_IDENTITY, TARGET_LOGP, KernelTarget, acc_dtype
@@ -44,6 +46,11 @@ class Request(NamedTuple):
 
 def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) -> Tensor | tuple[Tensor, Stats]:
     """The loss of checked arguments."""
+    if ask.options.backend in gpu.NAMES and input.is_cuda:
+        use_kernel(input, ask.options)
+        options = dataclasses.replace(ask.options, backend="auto")
+        with gpu.forced(ask.options.backend):
+            return loss_of(input, form, weight, ask._replace(options=options))
     dtype = input.dtype
     if dtype not in FLOATS:
         raise NotImplementedError(f"cross_entropy: input must be float64, float32, bfloat16 or float16, got {dtype}")

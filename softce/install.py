@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .dispatch import reasons_against_kernels
 from .functional import cross_entropy
-from .settings import FLOATS
 from .options import Options
+from .settings import FLOATS
 
 _REDUCTIONS = ("none", "mean", "sum")
 # Autograd keys see a call before autograd does; the backend keys serve inference mode; the autocast keys come first of

@@ -12,6 +12,7 @@ import importlib
 import warnings
 
 from ..options import BACKENDS
+from . import gpu
 
 NAMES = BACKENDS[1:]  # without "auto"
 
@@ -37,6 +38,9 @@ def unavailable(name: str) -> list[str]:
 # torch.compile calls it while tracing and takes the result as a constant, instead of tracing imports. This is what
 # torch.compiler.assume_constant_result does, without loading the compiler for it.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+# From here on the operators answer for GPU tensors. No GPU is looked for and no kernel is imported by it.
+gpu.register()
 
 # Loads the library now, so that the operators are complete for whoever calls them directly.
 if unavailable("cpu"):
