@@ -28,9 +28,11 @@ def candidates(classes: int) -> Iterator[Config]:
     for block, warps in itertools.product(dict.fromkeys(blocks), (4, 8, 16, 32)):
         if not 4 <= block // (32 * warps) <= 64:
             continue
-        staged = ((1, 1), (1, 2)) if block >= classes else ((1, 1), (2, 1), (3, 1))
-        for (stages, row_stages), per_sm in itertools.product(staged, (1, 2, 4, 8)):
-            yield Config(1, block, warps, stages, row_stages, per_sm)
+        if block >= classes:
+            yield Config(1, block, warps)
+            continue
+        for stages, per_sm in itertools.product((1, 2, 3), (1, 2, 4, 8)):
+            yield Config(1, block, warps, stages, per_sm)
 
 
 def calls(form: str, rows: int, classes: int, dtype: torch.dtype) -> Callable[[], object]:

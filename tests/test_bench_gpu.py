@@ -163,7 +163,7 @@ def test_junit() -> None:
 def test_tuning_candidates_hold_or_sweep_the_row() -> None:
     for classes in gpu_tune.CLASSES:
         found = list(gpu_tune.candidates(classes))
-        assert len(found) == len(set(found)) > 10
+        assert len(found) == len(set(found)) >= 2
         assert any(config.block < classes for config in found) == (classes > 1024)
         assert any(config.block >= classes for config in found) == (classes <= 32768)
 

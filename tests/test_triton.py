@@ -161,7 +161,7 @@ else:
         ((3, 140), Config(1, 256, 4), torch.float32),
         ((3, 140), Config(1, 64, 4, stages=2, per_sm=1), torch.float32),
         ((2, 70, 3), Config(4, 128, 4), torch.float64),
-        ((2, 70, 3), Config(2, 32, 4, row_stages=2, per_sm=1), torch.float64),
+        ((2, 70, 3), Config(2, 32, 4, per_sm=1), torch.float64),
     )
 
     def double(target: KernelTarget) -> KernelTarget:

@@ -184,7 +184,7 @@ def _run_rows(p: Problem, mode: Any, rows: Any, out: Tensor | None, phi: int = 0
     _launch(
         row_kernel, programs, p.logits, None if out is None else _block(out), p.target, rows, p.scalars, p.low, p.sizes,
         MODE=mode.value, PHI=phi, FLAGS=flags, K=configs.power_of_two(p.sizes.entries), ROWS=config.rows,
-        BLOCK=config.block, STAGES=config.stages, ROW_STAGES=config.row_stages, num_warps=config.warps,
+        BLOCK=config.block, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
 
 

@@ -17,16 +17,15 @@ from typing import NamedTuple
 class Config(NamedTuple):
     """How a tile is cut and launched.
 
-    ``rows`` x ``block`` classes a tile, ``warps`` warps a program; ``stages`` blocks of a row, ``row_stages`` tiles in
-    flight (software pipelining); ``per_sm`` programs a multiprocessor, which then walk over the tiles, or with 0 one
-    program a tile.
+    ``rows`` x ``block`` classes a tile, ``warps`` warps a program; ``stages`` blocks of a swept row in flight
+    (software pipelining); ``per_sm`` programs a multiprocessor, which then walk over the tiles, or with 0 one program
+    a tile.
     """
 
     rows: int
     block: int
     warps: int
     stages: int = 1
-    row_stages: int = 1
     per_sm: int = 0
 
 

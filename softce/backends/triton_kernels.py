@@ -324,8 +324,8 @@ def row_tile(i, logits, out, target, rows, v, per_row, sizes, MODE: tl.constexpr
 
 @triton.jit
 def row_kernel(logits, out, target, rows, scalars, low, sizes, MODE: tl.constexpr, PHI: tl.constexpr,
-               FLAGS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-               ROW_STAGES: tl.constexpr):  # fmt: skip
+               FLAGS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+               STAGES: tl.constexpr):  # fmt: skip
     """Row statistics, row gradients, or both: csrc/softce.h: launch_row_stats, launch_row_grad, launch_row_fused.
 
     One tile a program or, with LOOP, the tiles i, i + programs, .. for program i: which rows a program adds up depends
@@ -340,7 +340,7 @@ def row_kernel(logits, out, target, rows, scalars, low, sizes, MODE: tl.constexp
         tiles = tl.cdiv(sizes.batch, ROWS)
         if PLANES & FLAGS:
             tiles = sizes.batch * tl.cdiv(sizes.inner, ROWS)
-        for i in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=ROW_STAGES):
+        for i in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             shares += row_tile(
                 i, logits, out, target, rows, v, per_row, sizes, MODE, PHI, FLAGS, ACC, K, ROWS, BLOCK, STAGES
             ).to(tl.float64)
