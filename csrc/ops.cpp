@@ -76,12 +76,12 @@ struct Call {
 Block block_of(const View& view) {
   Block block;
   if (view.dim == 2) {
-    if (view.sizes[1] > 1 && view.strides[1] != 1)
+    if (view.sizes[1] > 1 && view.strides[1] != 1 && !view.empty())
       fail(view.name, " of shape ", view.shape(), " must have stride 1 over the classes (the last dimension), got ",
            view.strides[1]);
     block.class_stride = 1;
   } else {
-    if (view.sizes[2] > 1 && view.strides[2] != 1)
+    if (view.sizes[2] > 1 && view.strides[2] != 1 && !view.empty())
       fail(view.name, " of shape ", view.shape(), " must have stride 1 in the last dimension, got ", view.strides[2]);
     block.class_stride = view.strides[1];
   }

@@ -15,7 +15,7 @@ from .compute import Request, loss_of
 from .options import DEFAULT, Options
 from .quick import quick_loss
 from .row_losses import RowLoss
-from .settings import Stats, check_types, check_weight
+from .settings import Stats, check_extras, check_types, check_weight
 from .targets import Target, as_target
 
 
@@ -121,6 +121,7 @@ def cross_entropy(
         raise ValueError("temperature, softcap and z_loss act on logits: they cannot be used with from_probs=True")
     if options is None:
         options = DEFAULT
+    check_extras(row_loss, loss_dtype, options)
     if options.validate:
         _check_values(input, form, label_smoothing, from_probs)
     request = Request(

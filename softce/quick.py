@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autograd import Call, fused_loss
+from .autograd import Call, fused_loss, reraise
 from .dispatch import PLAIN, use_kernel
 from .ops import KernelTarget
 from .options import DEFAULT
@@ -34,6 +34,7 @@ def quick_loss(
     """
     if (
         torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() != 0
         or type(input) not in PLAIN
         or type(target) is not Tensor
         or input.dtype is not torch.float32
@@ -54,4 +55,8 @@ def quick_loss(
     check_logits(input)
     spec = cached_spec(classes, label_smoothing, *settings, None, 0, 1.0, 1.0, empty)
     call = Call(KernelTarget(target.unsqueeze(1)), ignore_index, spec)
-    return fused_loss(input, call, None, reduction == "mean", False, False)[0]
+    try:
+        return fused_loss(input, call, None, reduction == "mean", False, False)[0]
+    except RuntimeError as error:
+        reraise(error)
+        raise

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .ops import PHI_IDENTITY, Spec
+from .options import Options
 from .row_losses import RowLoss
 from .targets import ClassIndices, Target
 
@@ -83,6 +84,16 @@ def make_spec(
 
 
 cached_spec = lru_cache(maxsize=1024)(make_spec)
+
+
+def check_extras(row_loss: object, loss_dtype: torch.dtype | None, options: object) -> None:
+    """Raise TypeError for keyword arguments of a wrong type."""
+    if not isinstance(options, Options):
+        raise TypeError(f"cross_entropy: options must be softce.Options, not {type(options).__name__}")
+    if row_loss is not None and not callable(row_loss):
+        raise TypeError(f"cross_entropy: row_loss must be a row loss or a callable, not {type(row_loss).__name__}")
+    if loss_dtype is not None and loss_dtype not in FLOATS:
+        raise TypeError(f"cross_entropy: loss_dtype must be float64, float32, bfloat16 or float16, got {loss_dtype}")
 
 
 def check_types(weight: Tensor | None, ignore_index: int, label_smoothing: float) -> None:
