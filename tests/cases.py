@@ -60,7 +60,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "softcap": 10.0,
         "z_loss": 0.001,
     },
-    "everything_none": {"label_smoothing": 0.2, "temperature": 0.8, "softcap": 20.0, "z_loss": 0.01, "reduction": "none"},
+    "everything_none": {
+        "label_smoothing": 0.2,
+        "temperature": 0.8,
+        "softcap": 20.0,
+        "z_loss": 0.01,
+        "reduction": "none",
+    },
 }
 TORCH_OPTIONS = {"reduction", "label_smoothing", "ignore_index"}
 

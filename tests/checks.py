@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from softce import _library, backends
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 SMALLEST = {dtype: torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps for dtype in EPS}  # subnormal step
@@ -56,7 +59,9 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+    return (
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+    )
 
 
 def run(function: Any, input: Tensor, *args: Any, upstream: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -64,7 +69,9 @@ def run(function: Any, input: Tensor, *args: Any, upstream: Any = None, **kwargs
     leaf = input.detach().clone(memory_format=torch.preserve_format) if _dense(input) else input.detach()
     leaf.requires_grad_()
     loss = function(leaf, *args, **kwargs)
-    loss.backward(torch.ones_like(loss) if upstream is None else torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss))
+    loss.backward(
+        torch.ones_like(loss) if upstream is None else torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss)
+    )
     assert leaf.grad is not None
     assert leaf.grad.shape == input.shape and leaf.grad.dtype == input.dtype
     return loss.detach(), leaf.grad
@@ -73,6 +80,15 @@ def run(function: Any, input: Tensor, *args: Any, upstream: Any = None, **kwargs
 def _dense(x: Tensor) -> bool:
     """Whether ``clone`` keeps the strides: not for expanded or padded tensors, whose layout is what is tested."""
     return x.is_contiguous()
+
+
+def require_backend(name: str) -> None:
+    """Skips where a backend cannot run here for a reason that its build wrote down; fails where it just is not there."""
+    reasons = backends.unavailable(name)
+    if reasons:
+        if name == "cpu" and not _library.build_facts().get("cpu", {}).get("why"):
+            pytest.fail(f"the CPU library is not usable and the build gave no reason: {'; '.join(reasons)}")
+        pytest.skip("; ".join(reasons))
 
 
 class KernelCalls(Counter[str]):

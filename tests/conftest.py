@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from checks import require_backend
 
 import softce
-from softce import _library, backends
+from softce import backends
 
 
 def pytest_report_header() -> list[str]:
@@ -16,15 +17,6 @@ def pytest_report_header() -> list[str]:
     for name in backends.NAMES:
         lines.append(f"softce backend {name}: {'; '.join(backends.unavailable(name)) or 'usable'}")
     return lines
-
-
-def require_backend(name: str) -> None:
-    """Skips where a backend cannot run here for a reason that its build wrote down; fails where it just is not there."""
-    reasons = backends.unavailable(name)
-    if reasons:
-        if name == "cpu" and not _library.build_facts().get("cpu", {}).get("why"):
-            pytest.fail(f"the CPU library is not usable and the build gave no reason: {'; '.join(reasons)}")
-        pytest.skip("; ".join(reasons))
 
 
 @pytest.fixture

@@ -31,7 +31,11 @@ W = torch.tensor([0.5, 1.5, 0.0, 2.0, 1.0], dtype=D)
 GRAD_CASES = [
     *(Case((3, 4), target, options) for target in TARGETS for options in ("plain", "none")),
     *(Case((2, 3, 2), target) for target in ("ignored", "probs", "topk", "mixup_samples", "teacher")),
-    *(Case((3, 4), t, o, weight=True) for t in ("ignored", "probs", "topk_uniform") for o in ("smoothed", "everything")),
+    *(
+        Case((3, 4), t, o, weight=True)
+        for t in ("ignored", "probs", "topk_uniform")
+        for o in ("smoothed", "everything")
+    ),
     *(Case((3, 4), "ignored", "smoothed_sum", row_loss=row_loss) for row_loss in ROW_LOSSES),
     *(Case((3, 4), "mixup", "everything_none", row_loss=row_loss, row_weight=True) for row_loss in ROW_LOSSES),
     Case((5,)),
@@ -76,7 +80,9 @@ def test_forward_mode_gradcheck(case: Case) -> None:
 
 
 @by_reduction
-@pytest.mark.parametrize("extra", [{}, {"label_smoothing": 0.2, "z_loss": 0.01, "softcap": 6.0}], ids=["plain", "extras"])
+@pytest.mark.parametrize(
+    "extra", [{}, {"label_smoothing": 0.2, "z_loss": 0.01, "softcap": 6.0}], ids=["plain", "extras"]
+)
 def test_gradients_of_everything_that_floats(reduction: str, extra: dict[str, Any], options: Options) -> None:
     """Logits, probabilities, class weights and row weights together."""
     inputs = [x.clone().requires_grad_() for x in (X, T, W + 0.1, torch.rand(4, dtype=D))]
@@ -700,10 +706,11 @@ def test_make_fx_traces() -> None:
         loss = softce.cross_entropy(x, y, label_smoothing=0.1)
         return torch.autograd.grad(loss, x)[0]
 
-    x = X.clone().requires_grad_()
     for mode in ("real", "fake", "symbolic"):
-        graph = make_fx(step, tracing_mode=mode)(x, Y)
-        torch.testing.assert_close(graph(x, Y), step(x, Y))
+        for dtype in (D, torch.float32):
+            x = X.to(dtype).requires_grad_()
+            graph = make_fx(step, tracing_mode=mode)(x, Y)
+            torch.testing.assert_close(graph(x, Y), step(x, Y))
 
 
 # ---- where the computation runs ----

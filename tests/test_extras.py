@@ -226,7 +226,9 @@ def test_statistics(case: Case, dtype: torch.dtype, options: Options) -> None:
     assert stats.correct.dtype == torch.bool and torch.equal(stats.correct, want.correct)
     if case.reduction != "none":
         loss.backward()
-        torch.testing.assert_close(leaf.grad.double(), want.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            leaf.grad.double(), want.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+        )
 
 
 def test_statistics_cost_no_second_pass(cpu_kernels: None) -> None:

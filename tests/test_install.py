@@ -257,7 +257,7 @@ def test_errors_are_torchs_types() -> None:
         ((X, torch.rand(4, 5)), {"ignore_index": 2}),
         ((X, [0, 1, 2, 3]), {}),
     ):
-        with pytest.raises(Exception) as theirs:  # noqa: PT011
+        with pytest.raises(Exception) as theirs:
             F.cross_entropy(*args, **kwargs)
         with softce.installed(), pytest.raises(theirs.type):
             F.cross_entropy(*args, **kwargs)
@@ -321,5 +321,7 @@ def test_run_passes_on_exit_status_and_errors(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "softce", "run"]
     root = {**os.environ, "PYTHONPATH": str(Path(softce.__file__).parent.parent)}
     assert subprocess.run([*command, "job.py"], cwd=tmp_path, env=root, check=False).returncode == 7
-    missing = subprocess.run([*command, "nothing.py"], cwd=tmp_path, env=root, capture_output=True, text=True, check=False)
+    missing = subprocess.run(
+        [*command, "nothing.py"], cwd=tmp_path, env=root, capture_output=True, text=True, check=False
+    )
     assert missing.returncode != 0 and "nothing.py" in missing.stderr

@@ -123,7 +123,9 @@ def test_op_gradients(way: Way) -> None:
 
         def function(*given: Tensor, sample: Any = sample) -> Tensor:
             rest = iter(given)
-            args = [next(rest) if isinstance(x, Tensor) and x.requires_grad else x for x in (sample.input, *sample.args)]
+            args = [
+                next(rest) if isinstance(x, Tensor) and x.requires_grad else x for x in (sample.input, *sample.args)
+            ]
             out: Tensor = way.function(*args, **sample.kwargs)
             return out
 
@@ -273,7 +275,9 @@ def test_module_noncontiguous_inputs(way: Way) -> None:
 
 
 def test_module_errors(way: Way) -> None:
-    errors = MODULE.module_error_inputs_func(MODULE, device="cpu", dtype=torch.float32, requires_grad=False, training=False)
+    errors = MODULE.module_error_inputs_func(
+        MODULE, device="cpu", dtype=torch.float32, requires_grad=False, training=False
+    )
     assert errors
     for error in errors:
         made = error.module_error_input
