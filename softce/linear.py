@@ -149,7 +149,10 @@ class Loop:
         if t.teacher_input is not None:
             assert t.teacher_weight is not None
             self.teacher = Map(t.teacher_input, t.teacher_weight, t.teacher_bias, t.target_rows, needs[8:11], tile)
-        self.teacher_lse: Tensor | None = None  # of the block's rows, where its logits come in tiles
+        # Of all rows; only where a teacher's logits come in tiles, whose softmax would be over the tile.
+        teacher_tiles = self.tiled and work.spec.dense_kind == DENSE_LOGITS
+        self.teacher_lse = t.input.new_empty((t.row_count,), dtype=self.acc) if teacher_tiles else None
+        self.teacher_rows = 0  # how many of them are known
 
     def _choose(self, hidden: int, tiles: bool) -> Chunking:
         t = self.tensors
@@ -168,9 +171,9 @@ class Loop:
             self.student.take(a, b)
             if self.teacher is not None:
                 self.teacher.take(a, b)
-            if self.tiled and self.work.spec.dense_kind == DENSE_LOGITS:
-                self.teacher_lse = None
-                self.teacher_lse = self._teacher_lse()
+            if self.teacher_lse is not None and self.teacher_rows < b:
+                self.teacher_lse[a:b] = self._teacher_lse()
+                self.teacher_rows = b
             yield a, b
 
     def tiles(self) -> Iterator[tuple[int, int]]:
@@ -190,8 +193,8 @@ class Loop:
         dense = None
         if t.index is None:
             dense = self._dense(lo, hi)
-            if self.teacher_lse is not None:  # a tile's softmax would be over the tile
-                dense = dense.div_(spec.dense_temperature).sub_(self.teacher_lse[:, None]).exp_()
+            if self.teacher_lse is not None:
+                dense = dense.div_(spec.dense_temperature).sub_(self.teacher_lse[self.a : self.b, None]).exp_()
                 spec = spec._replace(dense_kind=DENSE_PROBS)
         target = linear_rows.rows_of(t.sparse, self.a, self.b)._replace(dense=dense)
         call = Call(target, work.ignore_index, spec)
@@ -352,12 +355,14 @@ def fused(
     loop = Loop(kept.tensors, work, (*needs, *(False,) * 10))
     spec = work.spec
     weights = kept.select(row_weight)
+    # What a mean divides by goes into the row weights.
+    factor = _row_factor(loop.tensors, work, weights, mean, loop.acc)
     if loop.tiled:
         found = _stats(loop, extras)
-        slope = _slope(found, weights, mean, spec)
+        slope = _slope(found, factor, spec)
         _add_gradients(loop, found[LSE], autograd._row_coefficients(found[: ops.STATS], slope, spec))
     else:
-        found = _fused_rows(loop, weights, mean, extras)
+        found = _fused_rows(loop, factor, extras)
     loss = _reduce(found, weights, mean, spec)
     return Fused(loss, kept.spread(found, tensors.row_count), *loop.student.finish())
 
@@ -374,20 +379,22 @@ def _reduce(found: Tensor, weights: Tensor | None, mean: bool, spec: Spec) -> Te
     )
 
 
-def _slope(found: Tensor, weights: Tensor | None, mean: bool, spec: Spec) -> Tensor:
-    """The gradient of the reduced loss for the statistics."""
-    with torch.enable_grad():
-        leaf = found[: ops.STATS].detach().requires_grad_()
-        (slope,) = torch.autograd.grad(_reduce(leaf, weights, mean, spec), leaf)
+def _slope(found: Tensor, factor: Tensor, spec: Spec) -> Tensor:
+    """The gradient of ``sum(factor * phi(l))`` for the statistics ``found``."""
+    slope = torch.zeros_like(found[: ops.STATS])
+    slope[LOSS] = factor
+    phi = phi_of(spec)
+    if phi is not None:
+        with torch.enable_grad():
+            leaf = found[LOSS].detach().requires_grad_()
+            (slope[LOSS],) = torch.autograd.grad(phi(leaf), leaf, factor)
     return slope
 
 
-def _fused_rows(loop: Loop, weights: Tensor | None, mean: bool, extras: bool) -> Tensor:
+def _fused_rows(loop: Loop, factor: Tensor, extras: bool) -> Tensor:
     t, work = loop.tensors, loop.work
     found = t.input.new_empty((ops.STATS_EXTRA if extras else ops.STATS, t.row_count), dtype=loop.acc)
     classes = t.classes
-    # The kernel sums the chunk; what a mean divides by goes into the row weights.
-    factor = _row_factor(t, work, weights, mean, loop.acc)
     spec = work.spec._replace(scale=1.0)
     for a, b in loop.rows():
         logits, call = loop.logits(0, classes), loop.call(0, classes)._replace(spec=spec)
@@ -396,7 +403,7 @@ def _fused_rows(loop: Loop, weights: Tensor | None, mean: bool, extras: bool) ->
             _, found[:, a:b] = ops.row_fused_(logits, *arguments)
         else:
             rows = linear_rows.row_stats(logits, call, extras, False)
-            coef = autograd._row_coefficients(rows[: ops.STATS], _slope(rows, factor[a:b], False, spec), spec)
+            coef = autograd._row_coefficients(rows[: ops.STATS], _slope(rows, factor[a:b], spec), spec)
             linear_rows.row_grad_(logits, rows[LSE], coef, call, False)
             found[:, a:b] = rows
         loop.student.add(0, classes, logits)

@@ -26,7 +26,7 @@ from .settings import FLOATS, Stats, cached_spec, check_weight, make_spec
 from .target_rows import class_factor_rows, target_entropy
 from .targets import ClassProbabilities, Form, Target, Teacher
 
-_TEACHER_ELEMENTS = 1 << 22  # logits of a teacher that are held at a time where its entropy needs them itself
+_TEACHER_ELEMENTS = 1 << 20  # logits of a teacher that are held at a time where its entropy needs them itself
 
 
 class LinearMap(NamedTuple):
@@ -229,7 +229,7 @@ def loss_of(
         and not any(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (weights, offset))
         and row_loss is known_row_loss
         and (offset is None or spec.phi == PHI_IDENTITY)
-        and (plain or not (ask.return_stats or offset is not None))
+        and (plain or not (ask.return_stats or offset is not None or spec.phi != PHI_IDENTITY))
         # float16 gradients of a mean would underflow before a loss scaler multiplies them
         and work_dtype(tensors.input.dtype, tensors.input.device.type) is not torch.float16
     )
@@ -299,7 +299,7 @@ def _over_target(tensors: Tensors, acc: torch.dtype, of: Callable[[KernelTarget]
     else:
         assert t.teacher_input is not None and t.teacher_weight is not None
         weight, bias = t.teacher_weight.to(acc), None if t.teacher_bias is None else t.teacher_bias.to(acc)
-        step = max(1, _TEACHER_ELEMENTS // max(1, t.classes))
+        step = max(1, min(_TEACHER_ELEMENTS // max(1, t.classes), (t.teacher_input.shape[0] + 1) // 2))
         parts = [
             of(t.sparse._replace(dense=F.linear(x.to(acc), weight, bias))) for x in torch.split(t.teacher_input, step)
         ]

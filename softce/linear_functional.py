@@ -120,9 +120,7 @@ def linear_cross_entropy(
         if shift:
             raise ValueError(f"shift=True needs linear_weight of shape (V, H), got {list(linear_weight.shape)}")
         return _unfused(map, target, weight, ask)
-    check_budget(
-        options.memory_budget, linear_weight.shape[0], work_dtype(map.input.dtype, map.input.device.type)
-    )
+    check_budget(options.memory_budget, linear_weight.shape[0], work_dtype(map.input.dtype, map.input.device.type))
     rows = Rows(map.input, shift)
     form = rows.form(target, linear_weight.shape[0], weight, ignore_index)
     rows.check_row_weight(row_weight)

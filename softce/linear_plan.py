@@ -167,7 +167,7 @@ def plan_of(
     tiled = chunk.classes < classes
     needs = (input.requires_grad, weight.requires_grad)
     needs = needs if any(needs) else (True, True)
-    products = 1 + sum(needs) + (tiled or not fused) + teacher * (2 + tiled if tiled else 1 + (not fused))
+    products = 1 + sum(needs) + (tiled or not fused) + teacher * (2 - fused + 2 * tiled)
     buffers = cost.bytes(chunk.rows, chunk.classes) - cost.fixed
     buffers += min(cost.fixed, work.itemsize * hidden * weight_tile(hidden, budget))
     held = 4 * (needs[0] * input.numel() + needs[1] * weight.numel()) if input.element_size() < 4 else 0

@@ -48,7 +48,15 @@ def row_stats(logits: Tensor, call: Call, extras: bool, kernel: bool) -> Tensor:
 def row_lse(logits: Tensor, temperature: float, kernel: bool) -> Tensor:
     """``logsumexp(logits / temperature)`` of each row."""
     index = torch.zeros((logits.shape[0], 1), dtype=torch.int64, device=logits.device)
-    return row_stats(logits, Call(KernelTarget(index), -1, Spec(temperature=temperature)), False, kernel)[LSE]
+    call = Call(KernelTarget(index), -1, Spec(temperature=temperature))
+    return _masked(logits, row_stats(logits, call, False, kernel))[LSE]
+
+
+def _masked(logits: Tensor, stats: Tensor) -> Tensor:
+    """Statistics whose lse is -inf where all logits are: as a whole row such a row is nan, as a tile it is nothing."""
+    if bool(stats[LSE].isnan().any()):
+        stats[LSE].masked_fill_(logits.amax(1) == -torch.inf, -torch.inf)
+    return stats
 
 
 def row_grad_(logits: Tensor, lse: Tensor, coef: Tensor, call: Call, kernel: bool) -> None:
@@ -143,7 +151,7 @@ class TileSums:
     def add(self, logits: Tensor, call: Call, lo: int) -> None:
         """The tile whose first class is ``lo``; ``call`` is that of :func:`tile_of`."""
         plain = plain_target(call)
-        stats = row_stats(logits, call, self.extras and plain, self.kernel)
+        stats = _masked(logits, row_stats(logits, call, self.extras and plain, self.kernel))
         self.parts.append(stats[:STATS])
         if not self.extras:
             return

@@ -134,6 +134,4 @@ def as_form(target: Tensor | Target, rows: tuple[int, ...], classes: int) -> Tar
         return replace(target, logits=class_first(target.logits))
     if isinstance(target, Target):
         return target
-    raise TypeError(
-        f"linear_cross_entropy: target must be a Tensor or a softce target, not {type(target).__name__}"
-    )
+    raise TypeError(f"linear_cross_entropy: target must be a Tensor or a softce target, not {type(target).__name__}")
