@@ -130,9 +130,7 @@ struct Planes {
       first(tile, true);
     }
     const int64_t stride = ctx.problem.logits.class_stride;
-    index_group(
-        ctx, g, [&](int64_t i, int64_t c) { return X::to(tile.x[c * stride + i]) * A(ctx.scale); },
-        [&](int64_t i, int64_t c) { return tile.e[c * tile.pitch + i]; });
+    index_group(ctx, g, [&](int64_t i, int64_t c) { return X::to(tile.x[c * stride + i]) * A(ctx.scale); });
     const auto scale_row = [&](int64_t i, A factor) {
       for (int64_t c = 0; c < ctx.classes; ++c) tile.e[c * tile.pitch + i] *= factor;
     };
