@@ -67,7 +67,7 @@ def test_kernels_run_on_a_cpu_and_agree_with_the_reference(tmp_path: Path, bulk:
     assert facts["failures"] == "0", output
     assert int(facts["cases"]) == cases
     assert int(facts["elements"]) > 500 * cases
-    assert int(facts["nan rows"]) > 5 and int(facts["ignored rows"]) > 5
+    assert int(facts["nan rows"]) > 10 and int(facts["ignored rows"]) > 2
     assert int(facts["plans"]) > 10_000
 
 
@@ -77,7 +77,7 @@ FAULTS = {
     "a tail too short": (
         "row_slice.cuh",
         "units * kPerUnit<T>;\n  return cut",
-        "units * kPerUnit<T> - (n > 900);\n  return cut",
+        "units * kPerUnit<T> - (n > 100);\n  return cut",
     ),
 }
 
@@ -224,20 +224,27 @@ def test_no_kernel_spills(kernels: list[Kernel]) -> None:
     assert not spilled
 
 
+def wide_loads(kernel: Kernel) -> int:
+    """The 16-byte loads that the unrolled sweeps of a kernel make from device memory (row_kernel.cuh: Tuning)."""
+    size = {"f": 4, "bf16": 2, "f16": 2}
+    light = kernel.target == "sparse" or (kernel.target == "probs" and kernel.logits == kernel.dense)
+    batch = 4 if light and kernel.mode != "resident" else 2
+    elements = 16 // size[kernel.logits]
+    row = 0 if kernel.mode == "resident" else 1
+    dense = 0 if kernel.mode == "resident" or kernel.target == "sparse" else elements * size[kernel.dense] // 16
+    class_weights = elements * 4 // 16
+    return (1 if kernel.mode == "stats" else 2) * batch * (row + dense + class_weights)
+
+
 def test_memory_is_moved_16_bytes_at_a_time(kernels: list[Kernel]) -> None:
-    """Rows on chip come by bulk copies or 16-byte cp.async, are read 16 bytes at a time and written so. The others read
-    16 bytes of device memory at a time: more such loads than those of the class weights, which all kernels have."""
-    by_name = {str(kernel): kernel for kernel in kernels}
+    """Rows on chip come by bulk copies or 16-byte cp.async and are read 16 bytes at a time; the other kernels read
+    device memory so; gradients are written so."""
     for kernel in kernels:
-        wide = kernel.code
-        resident = by_name[str(kernel).replace(kernel.mode, "resident")].code
-        if kernel.mode != "stats":
-            assert wide["STG.E.128"], kernel
+        assert kernel.code["LDG.E.128"] >= wide_loads(kernel), kernel
+        assert bool(kernel.code["STG.E.128"]) == (kernel.mode != "stats"), kernel
         if kernel.mode == "resident":
-            assert wide["LDGSTS" if kernel.arch == "sm_80" else "UBLKCP"], kernel
-            assert wide["LDS.128"], kernel
-        else:
-            assert wide["LDG.E.128"] > resident["LDG.E.128"], kernel
+            assert kernel.code["LDGSTS" if kernel.arch == "sm_80" else "UBLKCP"], kernel
+            assert kernel.code["LDS.128"], kernel
 
 
 # ---- the library ----

@@ -42,19 +42,34 @@ struct Random {
 // ---- arrays: exactly as large as they may be touched, any alignment of the first element, NaN where no element is
 // ----
 
+template <class V>
+struct FromUnitBoundary {
+  using value_type = V;
+  FromUnitBoundary() = default;
+  template <class Other>
+  FromUnitBoundary(const FromUnitBoundary<Other>&) {}
+  V* allocate(size_t n) {
+    void* p = nullptr;
+    if (posix_memalign(&p, 64, n * sizeof(V))) emulation::die("out of memory");
+    return static_cast<V*>(p);
+  }
+  void deallocate(V* p, size_t) { std::free(p); }
+  bool operator==(const FromUnitBoundary&) const { return true; }
+  bool operator!=(const FromUnitBoundary&) const { return false; }
+};
+using Memory = std::vector<unsigned char, FromUnitBoundary<unsigned char>>;
+
 template <class T>
 struct Rows {
-  std::vector<unsigned char> memory;
+  Memory memory;
   size_t begin = 0;  // bytes
   int64_t stride = 0;
 
   void allocate(int64_t rows, int64_t classes, int64_t stride_, int offset) {
     stride = stride_;
     const size_t elements = static_cast<size_t>((rows - 1) * stride + classes);
-    memory.assign(64 + (static_cast<size_t>(offset) + elements) * sizeof(T), 0xff);
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    begin = (64 - address % 64) % 64 + static_cast<size_t>(offset) * sizeof(T);
-    memory.resize(begin + elements * sizeof(T), 0xff);
+    begin = static_cast<size_t>(offset) * sizeof(T);
+    memory = Memory(begin + elements * sizeof(T), 0xff);
   }
   T* data() { return reinterpret_cast<T*>(memory.data() + begin); }
   T& at(int64_t row, int64_t c) { return data()[row * stride + c]; }
@@ -264,7 +279,7 @@ struct Runner {
     fill();
     std::vector<reference::Result> want;
     for (int64_t r = 0; r < c.rows; ++r) want.push_back(expected(r));
-    const std::vector<unsigned char> before = logits.memory;
+    const Memory before = logits.memory;
     double denominator = 0, total = 0, total_size = 0;
     bool bad = false;
     for (int64_t r = 0; r < c.rows; ++r) {
@@ -282,7 +297,7 @@ struct Runner {
     const double factor = c.mean && denominator == 0 && c.spec.empty_zero != 0 ? 0 : c.spec.scale / divisor;
     const bool empty = c.mean && denominator == 0 && c.spec.empty_zero != 0;
 
-    std::vector<unsigned char> first_gradient;
+    Memory first_gradient;
     std::vector<float> first_stats;
     float first_loss = 0;
     for (int attempt = 0; attempt < 3; ++attempt) {
