@@ -2,7 +2,7 @@
 """The table of cases that every check shares: shapes x targets x options x memory layouts.
 
 ``for case in cases(): input, target, kwargs = case.make(device, dtype)`` and then
-``softce.cross_entropy(input, target, **kwargs)``. Cases are small: each is there for a branch of the code, not for load.
+``softce.cross_entropy(input, target, **kwargs)``. Cases are small: each stands for a branch of the code, not for load.
 The same case gives the same numbers everywhere; logits have a planted outlier in each row, because without one a wrong
 maximum or a lost term does not show.
 """

@@ -18,7 +18,7 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32,
 SMALLEST = {dtype: torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps for dtype in EPS}  # subnormal step
 
 # Units in the last place of the accumulation dtype that a result may be off, relative to the largest term of its sum.
-# float64: the oracle's own rounding counts too. Half precision: the kernels' exp is 3e-6 there, still far below its ulp.
+# float64: the oracle's own rounding counts too. Half precision: the kernels' exp is 3e-6 there, far below its ulp.
 ULPS = {torch.float64: 64, torch.float32: 8, torch.bfloat16: 32, torch.float16: 32}
 
 
@@ -28,7 +28,8 @@ def assert_rounded_once(
     """``got`` is ``want`` (float64) computed in the accumulation dtype and rounded once to its own dtype.
 
     Half an ulp of its own dtype at every element, plus ``ULPS`` of the accumulation dtype relative to ``scale`` or the
-    largest finite value of ``want``, whichever is larger; those are ``ULPS[logits_dtype]``, by default of ``got``'s. nan and inf must stand where they stand in ``want``.
+    largest finite value of ``want``, whichever is larger; those are ``ULPS[logits_dtype]``, by default of ``got``'s.
+    nan and inf must stand where they stand in ``want``.
     """
     assert got.shape == want.shape, f"{what}: shape {list(got.shape)}, expected {list(want.shape)}"
     value, want = got.detach().cpu().double(), want.detach().cpu()
@@ -49,8 +50,8 @@ def assert_rounded_once(
     error = (value - want).abs()
     worst = (error - allowed).argmax()
     assert bool((error <= allowed).all()), (
-        f"{what}: {value[worst]:.9g} instead of {want[worst]:.9g}, off by {error[worst]:.3g}, allowed {allowed[worst]:.3g} "
-        f"(largest value {largest:.3g}, dtype {got.dtype})"
+        f"{what}: {value[worst]:.9g} instead of {want[worst]:.9g}, off by {error[worst]:.3g}, allowed {allowed[worst]:.3g}"
+        f" (largest value {largest:.3g}, dtype {got.dtype})"
     )
 
 
@@ -83,7 +84,7 @@ def _dense(x: Tensor) -> bool:
 
 
 def require_backend(name: str) -> None:
-    """Skips where a backend cannot run here for a reason that its build wrote down; fails where it just is not there."""
+    """Skips where a backend cannot run for a reason that its build wrote down; fails where it is just not there."""
     reasons = backends.unavailable(name)
     if reasons:
         if name == "cpu" and not _library.build_facts().get("cpu", {}).get("why"):

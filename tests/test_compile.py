@@ -192,7 +192,7 @@ def test_autocast_in_a_graph() -> None:
 def test_errors_in_a_graph() -> None:
     """A bad index is the kernels' to find; a bad shape is found while tracing."""
     compiled = torch.compile(softce.cross_entropy, backend="aot_eager", fullgraph=True)
-    with pytest.raises((IndexError, RuntimeError), match="out of range|out of bounds"):
+    with pytest.raises((IndexError, RuntimeError), match=r"out of range|out of bounds"):
         compiled(torch.randn(3, 4), torch.tensor([0, 9, 1]))
     torch._dynamo.reset()
     with pytest.raises(Exception, match="batch_size"):

@@ -35,7 +35,7 @@ def expected(case: Case, dtype: torch.dtype) -> tuple[Any, Result]:
 
 
 def assert_same_as_torch(input: Tensor, target: Tensor, backend: str = "auto", **kwargs: Any) -> None:
-    """Loss and gradient equal torch's: dtype and shape exactly, values to the rounding of two float64 or float32 ways."""
+    """Loss and gradient equal torch's: dtype and shape exactly, values to the rounding of two ways to compute them."""
     want_loss, want_grad = run(F.cross_entropy, input, target, **kwargs)
     got_loss, got_grad = run(softce.cross_entropy, input, target, options=softce.Options(backend=backend), **kwargs)
     if backend == "cpu":  # a call without options has a shorter way to the same kernels

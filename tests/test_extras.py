@@ -292,7 +292,7 @@ def test_entropy_bonus_training_step(options: Options) -> None:
 
 
 def test_options_say_no() -> None:
-    with pytest.raises(ValueError, match="backend must be one of auto, .*got 'gpu'"):
+    with pytest.raises(ValueError, match=r"backend must be one of auto, .*got 'gpu'"):
         Options(backend="gpu")
     with pytest.raises(ValueError, match="memory_budget"):
         Options(memory_budget=0)

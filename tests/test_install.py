@@ -169,7 +169,7 @@ def test_legacy_arguments_and_positional_calls() -> None:
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("dense", [False, True], ids=["indices", "probabilities"])
 def test_autocast(input_dtype: torch.dtype, dense: bool) -> None:
-    """Torch's dtypes; the kernels read half-precision logits as they are, and the gradient comes back in their dtype."""
+    """Torch's dtypes; the kernels read half-precision logits as they are; the gradient comes back in their dtype."""
     x = X.to(input_dtype)
     t = torch.rand(4, 5).to(input_dtype) if dense else Y
     w = torch.rand(5)
