@@ -2,6 +2,7 @@
 // How a row is spread over a device: plain arithmetic on sizes, so that a CPU can check it for every shape.
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 
 namespace softce::cuda {
 
