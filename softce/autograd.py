@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .backends.gpu import scale_
 from .ops import COUNT, ENTROPY, LOSS, LSE, MASS, STATS, TARGET_LOGP, KernelTarget, Spec
 from .reduction import reduce_rows
 from .row_losses import phi_of
@@ -217,7 +218,9 @@ class _Fused(torch.autograd.Function):
             logits, call, (row_weight, _) = _restore(ctx)
             arguments = (logits, *call.target, row_weight, call.ignore_index, call.spec, ctx.mean, ctx.extras)
             dlogits = ops.row_fused(*arguments)[1]
-        return dlogits if factor == 1.0 else dlogits.mul_(g_loss), None
+        if factor == 1.0:
+            return dlogits, None
+        return scale_(dlogits, g_loss) if dlogits.is_cuda else dlogits.mul_(g_loss), None
 
 
 def _batched(grad: Tensor | None) -> bool:

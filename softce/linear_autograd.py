@@ -95,7 +95,7 @@ SCHEMAS = (
     "(Tensor loss, Tensor stats, Tensor dinput, Tensor dweight, Tensor dbias)",
 )
 for _schema in SCHEMAS:
-    ops._library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    ops._library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _unpack(args: tuple[Any, ...]) -> tuple[Tensors, Work, tuple[Any, ...]]:
@@ -149,7 +149,7 @@ for _name, _run, _fake in (
     ("linear_gradients", _run_gradients, _fake_gradients),
     ("linear_fused", _run_fused, _fake_fused),
 ):
-    ops._library.impl(_name, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    ops._library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"softce::{_name}", _fake, lib=ops._library)
 
 
@@ -291,7 +291,7 @@ def fused_loss(
     tensors: Tensors, work: Work, row_weight: Tensor | None, mean: bool, extras: bool
 ) -> tuple[Tensor, Tensor]:
     """Reduced loss and statistics of an eager call; the gradients are computed in the same go."""
-    loss, stats = _Fused.apply(*tensors[:3], tensors[3:], work, row_weight, mean, extras)  # type: ignore[no-untyped-call]
+    loss, stats = _Fused.apply(*tensors[:3], tensors[3:], work, row_weight, mean, extras)
     return loss, stats
 
 

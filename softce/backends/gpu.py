@@ -263,6 +263,15 @@ def _implementation(operator: str) -> Callable[..., Any]:
     return implementation
 
 
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """A ready gradient times the upstream one, in place; a factor of 1 moves no memory where Triton runs."""
+    if x.is_contiguous() and not unavailable("triton"):
+        from .triton_scale import scale_ as by_kernel
+
+        return by_kernel(x, factor)
+    return x.mul_(factor)
+
+
 def register(key: str = "CUDA") -> None:
     """Registers the operators for GPU tensors, once a process. Nothing is imported or initialised by it.
 
