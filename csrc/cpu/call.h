@@ -18,11 +18,12 @@ struct Call {
   const Problem* problem = nullptr;
   Op op = Op::stats;
   bool extras = false;
-  void* stats = nullptr;             // acc (kStats or kStatsExtra, R)
-  const void* lse = nullptr;         // acc (R,), grad only
-  const void* coef = nullptr;        // acc (coef_rows, R), grad only
+  void* stats = nullptr;       // acc (kStats or kStatsExtra, R)
+  const void* lse = nullptr;   // acc (R,), grad only
+  const void* coef = nullptr;  // acc (coef_rows, R), grad only
   int coef_rows = 0;
   Block out;                         // grad and fused
+  bool large = false;                // `out` is too large for the caches; by its shape alone
   bool stream = false;               // write `out` past the caches
   const void* row_weight = nullptr;  // acc (R,), fused only, null: 1
   double factor = 1.0;               // fused: scale / denom

@@ -168,7 +168,8 @@ Survey survey(const Problem& p, const void* row_weight, ParallelFor parallel) {
 }
 
 Survey survey(const Problem& p, const void* row_weight, ParallelFor parallel) {
-  return p.logits.dtype == DType::f64 ? survey<double>(p, row_weight, parallel) : survey<float>(p, row_weight, parallel);
+  return p.logits.dtype == DType::f64 ? survey<double>(p, row_weight, parallel)
+                                      : survey<float>(p, row_weight, parallel);
 }
 
 bool accept(const Survey& found, BadIndex* bad) {
@@ -179,10 +180,11 @@ bool accept(const Survey& found, BadIndex* bad) {
 // Gradients that no cache will hold are written past it.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
-bool streams(const Problem& p, const Block& out) {
+void write_to(Call& call, const Problem& p, const Block& out) {
   const int64_t size = p.logits.dtype == DType::f64 ? 8 : p.logits.dtype == DType::f32 ? 4 : 2;
-  return out.data != p.logits.data && p.batch * p.inner * p.classes * size >= kStreamBytes &&
-         reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
+  call.out = out;
+  call.large = p.batch * p.inner * p.classes * size >= kStreamBytes;
+  call.stream = call.large && out.data != p.logits.data && reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
 }
 
 double run(const Call& call) { return chosen().load(std::memory_order_relaxed)->run(call); }
@@ -210,8 +212,7 @@ bool launch_row_grad(const Problem& problem, const void* lse, const void* coef, 
   call.lse = lse;
   call.coef = coef;
   call.coef_rows = coef_rows;
-  call.out = out;
-  call.stream = cpu::streams(problem, out);
+  cpu::write_to(call, problem, out);
   call.parallel = parallel;
   cpu::run(call);
   return true;
@@ -230,8 +231,7 @@ bool launch_row_fused(const Problem& problem, const void* row_weight, Reduction 
   call.op = cpu::Op::fused;
   call.extras = extras;
   call.stats = stats;
-  call.out = out;
-  call.stream = cpu::streams(problem, out);
+  cpu::write_to(call, problem, out);
   call.row_weight = row_weight;
   call.factor = empty ? 0.0 : problem.spec.scale / denominator;
   call.parallel = parallel;

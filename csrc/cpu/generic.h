@@ -64,8 +64,8 @@ struct Generic {
   static int64_t read_y(const Context<A>& ctx, const Piece<A>& piece, int64_t from, int64_t n, const Ref& ref, A* y,
                         A* slope) {
     const Block& logits = ctx.problem.logits;
-    const int64_t padded = read_block<A>(piece.x, logits.dtype, logits.class_stride, piece.begin + from, n,
-                                         A(-__builtin_inf()), y);
+    const int64_t padded =
+        read_block<A>(piece.x, logits.dtype, logits.class_stride, piece.begin + from, n, A(-__builtin_inf()), y);
     const Exp<A, kDegree> exp(ctx.scale, ref);
     const A cap = A(ctx.spec.softcap), inverse = A(1.0 / ctx.spec.softcap);
     for (int64_t i = 0; i < padded; i += kLanes<A>) {

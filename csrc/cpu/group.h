@@ -49,8 +49,8 @@ struct Group {
   int64_t first = 0, n = 0;
   // Sums under Ref{shift, 0}, as in struct Sums.
   alignas(64) A e[kGroup], y[kGroup], t[kGroup], ty[kGroup], shift[kGroup];
-  // Class indices: weight of the class, and its y without the shift.
-  alignas(64) A entry[kGroup], entry_y[kGroup];
+  // Class indices: weight of the class, its y without the shift, its e.
+  alignas(64) A entry[kGroup], entry_y[kGroup], entry_e[kGroup];
   alignas(64) A a[kGroup], slope[kGroup], base[kGroup], take[kGroup];
   alignas(64) A loss[kGroup], lse[kGroup], mass[kGroup], count[kGroup], live[kGroup];  // live: 1 or 0
 };
@@ -62,12 +62,12 @@ inline bool simple(const Context<A>& ctx) {
          (!ctx.sparse || (ctx.target.entries == 1 && !ctx.target.value));
 }
 
-// Marks ignored rows, and takes in the classes of the others: y_of(row in group, class) is y.
-template <class A, class Y>
-SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, Y y_of) {
+// Marks ignored rows, and takes in the classes of the others: y_of(row in group, class) is y, e_of e.
+template <class A, class Y, class E>
+SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, Y y_of, E e_of) {
   for (int64_t i = 0; i < g.n; ++i) {
     g.live[i] = g.count[i] = 1;
-    g.entry[i] = g.entry_y[i] = 0;
+    g.entry[i] = g.entry_y[i] = g.entry_e[i] = 0;
   }
   if (!ctx.sparse) return;
   if (ctx.target.entries != 1) {
@@ -83,6 +83,7 @@ SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, Y y_of) {
       if (ctx.weight) g.count[i] = ctx.weight[c];
       g.entry[i] = g.count[i];
       g.entry_y[i] = y_of(i, c) - g.shift[i];
+      g.entry_e[i] = e_of(i, c);
     }
   }
 }
@@ -107,7 +108,7 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, Sc
   };
   for (int64_t i = g.n; i % kStep != 0; ++i) {  // lanes behind the last row: harmless numbers
     g.e[i] = 1;
-    g.y[i] = g.t[i] = g.ty[i] = g.shift[i] = g.entry[i] = g.entry_y[i] = g.count[i] = g.live[i] = 0;
+    g.y[i] = g.t[i] = g.ty[i] = g.shift[i] = g.entry[i] = g.entry_y[i] = g.entry_e[i] = g.count[i] = g.live[i] = 0;
   }
   F64V total{};
   U64V odd{};
@@ -116,7 +117,8 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, Sc
     F64V alive = doubles(g.live + i), mass, dot, entry{};
     if (ctx.sparse) {
       entry = doubles(g.entry + i) * mix_a;
-      const F64V product = entry * doubles(g.entry_y + i);
+      const F64V part = doubles(g.entry_e + i), far = doubles(g.entry_y + i), near = log_or_nan(part);
+      const F64V product = entry * (part > kGoodPart * e ? near : far);
       mass = entry;
       dot = entry == 0.0 ? zero : product;
     } else {

@@ -60,6 +60,7 @@ struct FloatIO {  // float32 and float64 as they are
   using V = typename VecOf<A>::V;
   static constexpr int NV = 1;
   static constexpr int kUnit = kLanes<A>;
+  static constexpr int kDegree = 5;
   static SOFTCE_INLINE void read(const Elem* p, V* v) { v[0] = load<V>(p); }
   static SOFTCE_INLINE void write(Elem* p, const V* v) { store(p, v[0]); }
   static SOFTCE_INLINE void write_stream(Elem* p, const V* v) { stream(p, v[0]); }
@@ -70,13 +71,14 @@ struct FloatIO {  // float32 and float64 as they are
 using F32 = FloatIO<float>;
 using F64 = FloatIO<double>;
 
-template <HalfV (*kNarrow)(F32V), F32V (*kWiden)(HalfV)>
+template <HalfV (*kNarrow)(F32V), F32V (*kWiden)(HalfV), int kExpDegree>
 struct HalfIO {  // 16-bit elements in their order
   using Elem = uint16_t;
   using Acc = float;
   using V = F32V;
   static constexpr int NV = 1;
   static constexpr int kUnit = kLanes<float>;
+  static constexpr int kDegree = kExpDegree;
   static SOFTCE_INLINE HalfV narrow(F32V v) { return kNarrow(v); }
   static SOFTCE_INLINE void read(const Elem* p, V* v) { v[0] = kWiden(load<HalfV>(p)); }
   static SOFTCE_INLINE void write(Elem* p, const V* v) { store(p, narrow(v[0])); }
@@ -85,8 +87,8 @@ struct HalfIO {  // 16-bit elements in their order
   static float to(Elem x) { return kWiden(HalfV{} | x)[0]; }
   static constexpr int slot(int i) { return i; }
 };
-using F16 = HalfIO<narrow_f16, widen_f16>;
-using BF16 = HalfIO<narrow_bf16, widen_bf16>;
+using F16 = HalfIO<narrow_f16, widen_f16, 5>;
+using BF16 = HalfIO<narrow_bf16, widen_bf16, 4>;
 
 // bfloat16, even and odd elements in a vector each: a shift and a mask instead of shuffles, and whole-vector stores.
 struct BF16Pairs {
@@ -95,6 +97,7 @@ struct BF16Pairs {
   using V = F32V;
   static constexpr int NV = 2;
   static constexpr int kUnit = 2 * kLanes<float>;
+  static constexpr int kDegree = BF16::kDegree;
   static SOFTCE_INLINE void read(const Elem* p, V* v) {
     const U32V u = load<U32V>(p);
     v[0] = bits<F32V>(u << 16);
@@ -143,10 +146,14 @@ SOFTCE_INLINE void write_part(typename X::Elem* p, int64_t n, const typename X::
 template <class Visit>
 SOFTCE_INLINE void with_io(DType dtype, Visit visit) {
   switch (dtype) {
-    case DType::f32: return visit(F32{});
-    case DType::f64: return visit(F64{});
-    case DType::bf16: return visit(BF16{});
-    case DType::f16: return visit(F16{});
+    case DType::f32:
+      return visit(F32{});
+    case DType::f64:
+      return visit(F64{});
+    case DType::bf16:
+      return visit(BF16{});
+    case DType::f16:
+      return visit(F16{});
   }
 }
 

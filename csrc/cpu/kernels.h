@@ -37,8 +37,9 @@ namespace {
 
 template <class A>
 double run_as(const Call& call) {
-  const Context<A> ctx(call);
+  Context<A> ctx(call);
   const bool planes = planes_take(ctx), short_rows = short_rows_take(ctx);
+  ctx.coarse_exp = call.problem->logits.dtype == DType::bf16 && !planes && !short_rows && takes_fast(ctx);
   if (planes || short_rows) {
     double loss = 0;
     with_io(call.problem->logits.dtype, [&](auto io) {

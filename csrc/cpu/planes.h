@@ -9,7 +9,6 @@ struct Planes {
   using Elem = typename X::Elem;
   using Dense = typename D::Elem;
   static constexpr int kLane = kLanes<A>;
-  static constexpr int kDegree = sizeof(Elem) == 2 ? 4 : 5;
   static constexpr bool kBase = kKind == Kind::base, kDense = kKind == Kind::probs;
   static_assert(X::NV == 1 && D::NV == 1, "one vector a unit");
 
@@ -39,7 +38,7 @@ struct Planes {
   // e and the sums of every row; true where the rows' maxima suit exp without a shift.
   bool first(Tile& tile, bool shifted) const {
     Group<A>& g = tile.group;
-    const Exp<A, kDegree> exp(ctx.scale, Ref{});
+    const Exp<A, 5> exp(ctx.scale, Ref{});
     const int64_t n = g.n, stride = ctx.problem.logits.class_stride, dense_stride = ctx.target.dense.class_stride;
     for (int64_t i = 0; i < tile.pitch; ++i) g.e[i] = g.y[i] = g.t[i] = g.ty[i] = 0;
     V top = splat(A(-__builtin_inf()));
@@ -78,7 +77,7 @@ struct Planes {
   // The rows' maxima, taken off where they do not suit.
   void shift(Tile& tile) const {
     Group<A>& g = tile.group;
-    const Exp<A, kDegree> exp(ctx.scale, Ref{});
+    const Exp<A, 5> exp(ctx.scale, Ref{});
     const A low = A(-__builtin_inf());
     for (int64_t i = 0; i < tile.pitch; ++i) g.shift[i] = low;
     for (int64_t c = 0; c < ctx.classes; ++c) {
@@ -130,7 +129,9 @@ struct Planes {
       first(tile, true);
     }
     const int64_t stride = ctx.problem.logits.class_stride;
-    index_group(ctx, g, [&](int64_t i, int64_t c) { return X::to(tile.x[c * stride + i]) * A(ctx.scale); });
+    index_group(
+        ctx, g, [&](int64_t i, int64_t c) { return X::to(tile.x[c * stride + i]) * A(ctx.scale); },
+        [&](int64_t i, int64_t c) { return tile.e[c * tile.pitch + i]; });
     const auto scale_row = [&](int64_t i, A factor) {
       for (int64_t c = 0; c < ctx.classes; ++c) tile.e[c * tile.pitch + i] *= factor;
     };

@@ -5,11 +5,11 @@
 // Sums over some classes of a row, y and e = exp(y) under a Ref, t the given dense target (or, for teacher logits,
 // exp under the teacher's Ref). 0 * (-inf) counts as 0 everywhere.
 struct Sums {
-  double e = 0;     // sum e
-  double w = 0;     // sum w            w: class weight, 1 where absent
-  double y = 0;     // sum w * y
-  double t = 0;     // sum w * t
-  double ty = 0;    // sum w * t * y
+  double e = 0;                    // sum e
+  double w = 0;                    // sum w            w: class weight, 1 where absent
+  double y = 0;                    // sum w * y
+  double t = 0;                    // sum w * t
+  double ty = 0;                   // sum w * t * y
   double top = -__builtin_inf();   // max y + shift
   double ttop = -__builtin_inf();  // the same of teacher logits
   // Generic sweep only:
@@ -40,9 +40,9 @@ inline void rebase(Sums& a, const Refs& from, const Refs& to) {
     a.ey += move * a.e;
     a.best_y += move;
   }
-  a.e *= f;
-  a.ey *= f;
-  a.t *= g, a.ty *= g, a.plain_t *= g, a.plain_ty *= g;
+  // Sums of 0 stay so even under an infinite ratio: that of a first block of nothing but -inf.
+  if (a.e != 0) a.e *= f, a.ey *= f;
+  if (a.plain_t != 0) a.t *= g, a.ty *= g, a.plain_t *= g, a.plain_ty *= g;
 }
 
 // a += b, where b's classes come after a's.
@@ -84,7 +84,8 @@ struct Transformed {
 inline Transformed transform(const Spec& spec, double l) {
   const double p = spec.phi_p0;
   switch (static_cast<Phi>(static_cast<int>(spec.phi))) {
-    case Phi::identity: break;
+    case Phi::identity:
+      break;
     case Phi::focal: {
       if (l == __builtin_inf()) return {l, 1.0};
       // Rounding can leave a loss of 0 slightly negative, where the power has no value.
@@ -105,7 +106,8 @@ inline Transformed transform(const Spec& spec, double l) {
     case Phi::generalized:
       if (p == 0) break;
       return {-__builtin_expm1(-p * l) / p, __builtin_exp(-p * l)};
-    case Phi::poly1: return {l - p * __builtin_expm1(-l), 1.0 + p * __builtin_exp(-l)};
+    case Phi::poly1:
+      return {l - p * __builtin_expm1(-l), 1.0 + p * __builtin_exp(-l)};
   }
   return {l, 1.0};
 }
@@ -120,24 +122,32 @@ struct Context {
   const A* weight;
   int64_t rows, classes;
   bool sparse, teacher, has_base;
+  bool coarse_exp;              // the sweeps take the exp of degree 4
   double scale, teacher_scale;  // 1 / temperature as the kernels apply it
   size_t size, dense_size;      // bytes an element
 
   explicit Context(const Call& c)
-      : call(c), problem(*c.problem), target(problem.target), spec(problem.spec),
-        weight(static_cast<const A*>(target.weight)), rows(problem.batch * problem.inner), classes(problem.classes),
-        sparse(target.index != nullptr), teacher(!sparse && spec.dense_kind != 0),
-        has_base(spec.mix_b != 0 || target.rest != nullptr), scale(A(1.0 / spec.temperature)),
-        teacher_scale(A(1.0 / spec.dense_temperature)), size(size_of(problem.logits.dtype)),
+      : call(c),
+        problem(*c.problem),
+        target(problem.target),
+        spec(problem.spec),
+        weight(static_cast<const A*>(target.weight)),
+        rows(problem.batch * problem.inner),
+        classes(problem.classes),
+        sparse(target.index != nullptr),
+        teacher(!sparse && spec.dense_kind != 0),
+        has_base(spec.mix_b != 0 || target.rest != nullptr),
+        coarse_exp(false),
+        scale(A(1.0 / spec.temperature)),
+        teacher_scale(A(1.0 / spec.dense_temperature)),
+        size(size_of(problem.logits.dtype)),
         dense_size(size_of(target.dense.dtype)) {}
 
   const char* x_row(int64_t r) const { return at(problem.logits, r, size); }
   const char* dense_row(int64_t r) const { return sparse ? nullptr : at(target.dense, r, dense_size); }
   char* out_row(int64_t r) const { return const_cast<char*>(at(call.out, r, size)); }
 
-  double row_weight(int64_t r) const {
-    return call.row_weight ? static_cast<const A*>(call.row_weight)[r] : 1.0;
-  }
+  double row_weight(int64_t r) const { return call.row_weight ? static_cast<const A*>(call.row_weight)[r] : 1.0; }
   double base(int64_t r) const {
     return spec.mix_b + (target.rest ? spec.mix_a * static_cast<const A*>(target.rest)[r] : 0.0);
   }
@@ -205,6 +215,25 @@ inline bool zero_coefficients(const Context<A>& ctx, int64_t r) {
   return true;
 }
 
+// Where an entry is a good part of its row's sum e, its y is told as the log of that part: the rounding of exp then
+// cancels, and a certain prediction has a loss of 0 rather than one of either sign.
+constexpr double kGoodPart = 0.25;
+
+// y of an entry without the shift; log_e: the log of the row's sum.
+template <class A>
+inline double entry_y(const Context<A>& ctx, const char* x, int64_t c, const Ref& ref, double log_e) {
+  const double y = ctx.y_of(x, c) - ref.shift;
+  if (ctx.spec.softcap != 0 || !(y > log_e + -1.3862943611198906)) return y;  // log(kGoodPart)
+  const auto value = splat(A(element(x, ctx.problem.logits.dtype, c * ctx.problem.logits.class_stride)));
+  const Exp<A, 5> fine(ctx.scale, ref);
+  double e = fine.exp(fine.affine(value))[0];
+  if (ctx.coarse_exp) {
+    const Exp<A, 4> coarse(ctx.scale, ref);
+    e = coarse.exp(coarse.affine(value))[0];
+  }
+  return __builtin_log(e) + ref.power * kLn2;
+}
+
 // From a whole row's sums to its statistics; the row is not an ignored one.
 template <class A>
 inline Finished finish(const Context<A>& ctx, int64_t r, const char* x, const Sums& sums, const Refs& refs) {
@@ -212,8 +241,7 @@ inline Finished finish(const Context<A>& ctx, int64_t r, const char* x, const Su
   const Spec& spec = ctx.spec;
   const double shift = refs.x.shift;
   // A row of -inf alone has no distribution; a row of no class at all has an empty loss.
-  const double log_e =
-      sums.e == 0 && ctx.classes > 0 ? __builtin_nan("") : refs.x.power * kLn2 + __builtin_log(sums.e);
+  const double log_e = sums.e == 0 && ctx.classes > 0 ? __builtin_nan("") : refs.x.power * kLn2 + __builtin_log(sums.e);
   const auto times = [](double q, double y) { return q == 0 ? 0.0 : q * y; };
   const double base = ctx.sparse ? ctx.base(r) : spec.mix_b;
   const double norm = ctx.teacher ? 1.0 / sums.plain_t : 1.0;
@@ -223,7 +251,7 @@ inline Finished finish(const Context<A>& ctx, int64_t r, const char* x, const Su
   ctx.entries(r, [&](int64_t c, double t) {
     const double q = spec.mix_a * t * ctx.weight_of(c);
     mass += q;
-    if (q != 0) dot += q * (ctx.y_of(x, c) - shift);
+    if (q != 0) dot += q * entry_y(ctx, x, c, refs.x, log_e);
     if (!ctx.target.value && ctx.target.entries == 1) row.count = ctx.weight_of(c);
   });
   row.lse = shift + log_e;
@@ -237,7 +265,7 @@ inline Finished finish(const Context<A>& ctx, int64_t r, const char* x, const Su
       t_sum = rest * sums.n, t_dot = times(rest, sums.plain_y);
       ctx.entries(r, [&](int64_t c, double t) {
         t_sum += t;
-        if (t != 0) t_dot += t * (ctx.y_of(x, c) - shift);
+        if (t != 0) t_dot += t * entry_y(ctx, x, c, refs.x, log_e);
       });
     }
     row.logp = t_dot - t_sum * log_e;

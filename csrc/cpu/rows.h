@@ -3,19 +3,19 @@
 // scratch row that stays in cache, the second turns it into the gradient. Included inside the namespace of an
 // instruction set.
 
-constexpr int64_t kBlock = 2048;         // classes a sweep call
-constexpr int64_t kChunk = 16 * kBlock;  // classes a task, where a row is shared by threads
-constexpr int64_t kFewRows = 16;         // fewer rows than this are shared
-constexpr int64_t kTask = 1 << 15;       // elements a task, at least, where rows are dealt out
+constexpr int64_t kBlock = 2048;          // classes a sweep call
+constexpr int64_t kChunk = 16 * kBlock;   // classes a task, where a row is shared by threads
+constexpr int64_t kFewRows = 16;          // fewer rows than this are shared
+constexpr int64_t kTask = 1 << 15;        // elements a task, at least, where rows are dealt out
 constexpr int64_t kScratchRow = 1 << 18;  // elements of scratch for rows that are shared
-constexpr int kPad = 64;                 // scratch behind a head or a tail
+constexpr int kPad = 64;                  // scratch behind a head or a tail
 
 template <class A>
 struct Sweeps {
   Sums (*first)(const Context<A>&, const Piece<A>&, const Refs&);
   void (*second)(const Context<A>&, const Piece<A>&, const Refs&, const Factors&, int64_t row);
-  int unit = 1;                  // elements that lie in scratch together,
-  int (*slot)(int) = nullptr;    // and where in there; null: the second sweep takes sparse entries itself
+  int unit = 1;                // elements that lie in scratch together,
+  int (*slot)(int) = nullptr;  // and where in there; null: the second sweep takes sparse entries itself
 };
 
 // How a row is cut: a head up to the first vector-aligned element of the output, then whole blocks. It depends on
@@ -39,7 +39,8 @@ inline void parallel(ParallelFor run, int64_t n, int64_t grain, const Body& body
     if (n > 0) body(int64_t(0), n);
     return;
   }
-  run(n, grain, [](int64_t from, int64_t to, void* b) { (*static_cast<const Body*>(b))(from, to); },
+  run(
+      n, grain, [](int64_t from, int64_t to, void* b) { (*static_cast<const Body*>(b))(from, to); },
       const_cast<Body*>(&body));
 }
 
@@ -66,7 +67,7 @@ struct Rows {
   bool keep() const { return shared || ctx.call.op != Op::stats; }
 
   Cut cut(int64_t r) const {
-    if (!ctx.call.stream || ctx.call.op == Op::stats) return Cut(ctx.classes, 0);
+    if (!ctx.call.large || ctx.call.op == Op::stats) return Cut(ctx.classes, 0);
     const int64_t bytes = r * ctx.call.out.batch_stride * int64_t(ctx.size);
     return Cut(ctx.classes, (kVecBytes - bytes % kVecBytes) % kVecBytes / int64_t(ctx.size));
   }
@@ -75,9 +76,8 @@ struct Rows {
 
   Piece<A> piece(int64_t r, const Cut& cut, int64_t k, A* e) const {
     const int64_t at = keep() ? cut.offset(k) : 0;
-    return {ctx.x_row(r),  ctx.dense_row(r), ctx.call.op == Op::stats ? nullptr : ctx.out_row(r),
-            cut.begin(k),  cut.size(k),      e + at,
-            e + at + (ctx.teacher ? scratch_row() : 0)};
+    return {ctx.x_row(r), ctx.dense_row(r), ctx.call.op == Op::stats ? nullptr : ctx.out_row(r), cut.begin(k),
+            cut.size(k),  e + at,           e + at + (ctx.teacher ? scratch_row() : 0)};
   }
 
   // First sweep over blocks [from, to). refs: one a block, used by the second sweep; null for stats.
@@ -98,9 +98,8 @@ struct Rows {
   // Takes the sparse entries off scratch, where the second sweep then finds them.
   void take_entries(int64_t r, const Cut& cut, A* e, const Factors& f, double* a) const {
     bool direct = false;
-    ctx.entries(r, [&](int64_t c, double t) {
-      direct |= out_of_range(a[cut.block_of(c)], f.entry * t * ctx.weight_of(c));
-    });
+    ctx.entries(
+        r, [&](int64_t c, double t) { direct |= out_of_range(a[cut.block_of(c)], f.entry * t * ctx.weight_of(c)); });
     if (direct) {
       for (int64_t k = 0; k < cut.blocks; ++k) {
         A* block = e + cut.offset(k);
@@ -142,8 +141,8 @@ struct Rows {
   }
 
   // Statistics of a row from its sums; true where a gradient is to be written with the factors.
-  bool settle(int64_t r, const Cut& cut, A* e, const Refs* refs, const Sums& sums, const Refs& last, Factors& f, double* a,
-              double* loss) const {
+  bool settle(int64_t r, const Cut& cut, A* e, const Refs* refs, const Sums& sums, const Refs& last, Factors& f,
+              double* a, double* loss) const {
     Finished row;
     if (ctx.call.op != Op::grad) {
       row = finish(ctx, r, ctx.x_row(r), sums, last);
@@ -200,13 +199,15 @@ struct Rows {
 
   double run_many() const {
     const int64_t per_task = ctx.classes >= kTask ? 1 : kTask / (ctx.classes > 0 ? ctx.classes : 1);
-    return sum_tasks(ctx.call.parallel, (ctx.rows + per_task - 1) / per_task, [&](int64_t from, int64_t to, double* losses) {
-      const Space s = space(static_cast<char*>(scratch(0, space_bytes())));
-      for (int64_t task = from; task < to; ++task) {
-        losses[task] = 0;
-        for (int64_t r = task * per_task; r < ctx.rows && r < (task + 1) * per_task; ++r) one_row(r, s, &losses[task]);
-      }
-    });
+    return sum_tasks(ctx.call.parallel, (ctx.rows + per_task - 1) / per_task,
+                     [&](int64_t from, int64_t to, double* losses) {
+                       const Space s = space(static_cast<char*>(scratch(0, space_bytes())));
+                       for (int64_t task = from; task < to; ++task) {
+                         losses[task] = 0;
+                         for (int64_t r = task * per_task; r < ctx.rows && r < (task + 1) * per_task; ++r)
+                           one_row(r, s, &losses[task]);
+                       }
+                     });
   }
 
   // Few long rows: threads share each row, chunk by chunk; chunks are put together in their order.
@@ -236,7 +237,8 @@ struct Rows {
           for (int64_t i = from; i < to; ++i) {
             const int64_t row = i / chunks, first_block = i % chunks * chunk_blocks;
             const Cut cut = this->cut(r0 + row);
-            const int64_t last_block = first_block + chunk_blocks < cut.blocks ? first_block + chunk_blocks : cut.blocks;
+            const int64_t last_block =
+                first_block + chunk_blocks < cut.blocks ? first_block + chunk_blocks : cut.blocks;
             if (first_block < last_block) visit(row, cut, first_block, last_block, parts[i]);
           }
           stream_end();
@@ -262,8 +264,7 @@ struct Rows {
       if (ctx.call.op == Op::stats) continue;
       each_chunk([&](int64_t row, const Cut& cut, int64_t from, int64_t to, Part&) {
         const Space s = space(memory + each * size_t(row));
-        if (states[row].live)
-          second(r0 + row, cut, from, to, s.e, s.refs, s.a, states[row].last, states[row].f);
+        if (states[row].live) second(r0 + row, cut, from, to, s.e, s.refs, s.a, states[row].last, states[row].f);
       });
     }
     return loss;

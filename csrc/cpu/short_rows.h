@@ -2,7 +2,7 @@
 // Rows of few classes, class stride 1: a tile of rows at a time, vectors along the row, statistics in vectors over the
 // rows. Included inside the namespace of an instruction set.
 
-constexpr int64_t kShort = 2048;      // classes, at most
+constexpr int64_t kShort = 2048;        // classes, at most
 constexpr int64_t kTileSize = 1 << 13;  // elements of a tile
 
 template <class X, class D, Kind kKind>
@@ -12,14 +12,13 @@ struct ShortRows {
   using Elem = typename X::Elem;
   using Dense = typename D::Elem;
   static constexpr int kLane = kLanes<A>;
-  static constexpr int kDegree = sizeof(Elem) == 2 ? 4 : 5;
   static constexpr bool kBase = kKind == Kind::base, kDense = kKind == Kind::probs;
   static_assert(X::NV == 1 && D::NV == 1, "one vector a unit");
 
   const Context<A>& ctx;
   const int64_t classes = ctx.classes;
-  const int64_t full = classes / kLane * kLane;                   // classes in full vectors
-  const int64_t pitch = (classes + kLane - 1) / kLane * kLane;    // of a row in scratch
+  const int64_t full = classes / kLane * kLane;                 // classes in full vectors
+  const int64_t pitch = (classes + kLane - 1) / kLane * kLane;  // of a row in scratch
 
   struct Tile {
     Group<A> group;
@@ -55,7 +54,7 @@ struct ShortRows {
   };
 
   struct Step {
-    Exp<A, kDegree> exp;
+    Exp<A, 5> exp;
 
     template <int kCount>
     SOFTCE_INLINE void operator()(const V* x, const V* d, A* e_out, Accumulators& s, bool masked, V mask) const {
@@ -191,7 +190,9 @@ struct ShortRows {
         write_part<X>(out, classes, &v);
       }
     }
-    if (staged) stream_bytes(reinterpret_cast<char*>(first_out), reinterpret_cast<char*>(stage), g.n * classes * int64_t(sizeof(Elem)));
+    if (staged)
+      stream_bytes(reinterpret_cast<char*>(first_out), reinterpret_cast<char*>(stage),
+                   g.n * classes * int64_t(sizeof(Elem)));
   }
 
   static void stream_bytes(char* to, const char* from, int64_t n) {
@@ -212,9 +213,12 @@ struct ShortRows {
       shift(tile);
       first(tile, true);
     }
-    index_group(ctx, g, [&](int64_t i, int64_t c) {
-      return X::to(reinterpret_cast<const Elem*>(ctx.x_row(first_row + i))[c]) * A(ctx.scale);
-    });
+    index_group(
+        ctx, g,
+        [&](int64_t i, int64_t c) {
+          return X::to(reinterpret_cast<const Elem*>(ctx.x_row(first_row + i))[c]) * A(ctx.scale);
+        },
+        [&](int64_t i, int64_t c) { return tile.e[i * pitch + c]; });
     const auto scale_row = [&](int64_t i, A factor) {
       for (int64_t c = 0; c < pitch; ++c) tile.e[i * pitch + c] *= factor;
     };
@@ -240,18 +244,20 @@ struct ShortRows {
     height = height > kGroup ? kGroup : height >= 16 ? height / 16 * 16 : height;  // whole cache lines
     const int64_t tiles = (ctx.rows + height - 1) / height;
     const int64_t work = height * classes, per_task = work >= kTask ? 1 : kTask / work;
-    return sum_tasks(ctx.call.parallel, (tiles + per_task - 1) / per_task, [&](int64_t from, int64_t to, double* losses) {
-      const size_t bytes = (sizeof(Tile) + 63) / 64 * 64;
-      char* memory = static_cast<char*>(scratch(0, bytes + size_t(height * pitch) * (sizeof(A) + sizeof(Elem)) + 64));
-      Tile& tile = *reinterpret_cast<Tile*>(memory);
-      tile.e = reinterpret_cast<A*>(memory + bytes);
-      tile.stage = reinterpret_cast<Elem*>(tile.e + height * pitch);
-      for (int64_t task = from; task < to; ++task) {
-        losses[task] = 0;
-        for (int64_t k = task * per_task; k < tiles && k < (task + 1) * per_task; ++k)
-          losses[task] += one(tile, k * height, (k + 1) * height < ctx.rows ? height : ctx.rows - k * height);
-      }
-    });
+    return sum_tasks(
+        ctx.call.parallel, (tiles + per_task - 1) / per_task, [&](int64_t from, int64_t to, double* losses) {
+          const size_t bytes = (sizeof(Tile) + 63) / 64 * 64;
+          char* memory =
+              static_cast<char*>(scratch(0, bytes + size_t(height * pitch) * (sizeof(A) + sizeof(Elem)) + 64));
+          Tile& tile = *reinterpret_cast<Tile*>(memory);
+          tile.e = reinterpret_cast<A*>(memory + bytes);
+          tile.stage = reinterpret_cast<Elem*>(tile.e + height * pitch);
+          for (int64_t task = from; task < to; ++task) {
+            losses[task] = 0;
+            for (int64_t k = task * per_task; k < tiles && k < (task + 1) * per_task; ++k)
+              losses[task] += one(tile, k * height, (k + 1) * height < ctx.rows ? height : ctx.rows - k * height);
+          }
+        });
   }
 };
 

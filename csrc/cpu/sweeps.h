@@ -19,7 +19,7 @@ struct Fast {
   static constexpr int kUnit = X::kUnit;
   static constexpr int kUnits = kTogether > NV ? kTogether / NV : 1;  // units whose exp is computed together
   static constexpr int kUnroll = 4 / NV;                              // units a turn of the loop
-  static constexpr int kDegree = sizeof(Elem) == 2 ? 4 : 5;
+  static constexpr int kDegree = X::kDegree;
   static constexpr bool kBase = kKind == Kind::base;
   static constexpr bool kDense = kKind == Kind::probs || kKind == Kind::teacher;
   static constexpr bool kTeacher = kKind == Kind::teacher;
@@ -179,7 +179,8 @@ struct Fast {
 template <class X, class Same>
 inline Sweeps<typename X::Acc> fast_sweeps(const Context<typename X::Acc>& ctx) {
   using A = typename X::Acc;
-  if (ctx.sparse) return ctx.has_base ? Fast<Same, Same, Kind::base>::sweeps() : Fast<Same, Same, Kind::entries>::sweeps();
+  if (ctx.sparse)
+    return ctx.has_base ? Fast<Same, Same, Kind::base>::sweeps() : Fast<Same, Same, Kind::entries>::sweeps();
   if (ctx.target.dense.dtype == ctx.problem.logits.dtype)
     return ctx.teacher ? Fast<Same, Same, Kind::teacher>::sweeps() : Fast<Same, Same, Kind::probs>::sweeps();
   return ctx.teacher ? Fast<X, FloatIO<A>, Kind::teacher>::sweeps() : Fast<X, FloatIO<A>, Kind::probs>::sweeps();
@@ -202,9 +203,12 @@ inline Sweeps<A> sweeps_for(const Context<A>& ctx) {
     return fast_sweeps<F64, F64>(ctx);
   } else {
     switch (ctx.problem.logits.dtype) {
-      case DType::bf16: return fast_sweeps<BF16, BF16Pairs>(ctx);
-      case DType::f16: return fast_sweeps<F16, F16>(ctx);
-      default: return fast_sweeps<F32, F32>(ctx);
+      case DType::bf16:
+        return fast_sweeps<BF16, BF16Pairs>(ctx);
+      case DType::f16:
+        return fast_sweeps<F16, F16>(ctx);
+      default:
+        return fast_sweeps<F32, F32>(ctx);
     }
   }
 }

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The compiled CPU kernels alone: row operations against the equation in float64, for every instruction set here.
+
+Shapes are chosen for the kernels' branches: tails behind full vectors, blocks of 2048 classes, rows that threads share,
+tiles of short rows and of planes, rows that start anywhere within a vector.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from kernel_truth import (
+    DTYPES,
+    IGNORE,
+    INF,
+    KINDS,
+    Truth,
+    assert_gradient,
+    check,
+    fused_of,
+    isa,
+    like,
+    logits_for,
+    rows_of,
+    spec_for,
+    stats_of,
+    target_for,
+)
+
+from softce import ops
+from softce.ops import KernelTarget, Spec
+
+__all__ = ["isa"]  # the fixture
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tail(isa: str, dtype: torch.dtype, kind: str) -> None:
+    """Every number of classes up to a few vectors, and those around a block and around the short rows' limit."""
+    for classes in (*range(1, 18), 31, 32, 33, 65, 100, 257, 1000, *range(2047, 2067), 4097):
+        x = logits_for((2, classes), dtype)
+        mix = 0.1 * (classes % 2)
+        check(x, target_for(kind, x), spec_for(kind, classes, mix_a=1 - mix, mix_b=mix / classes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_planes(isa: str, dtype: torch.dtype, kind: str) -> None:
+    for shape in ((2, 5, 1), (2, 3, 7), (1, 21, 64), (2, 4, 700), (1, 300, 67), (1, 2100, 3)):
+        x = logits_for(shape, dtype)
+        check(x, target_for(kind, x), spec_for(kind, shape[1], mix_a=0.9, mix_b=0.1 / shape[1]))
+        check(x, target_for(kind, x), spec_for(kind, shape[1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(40, 10), (5, 3000), (2, 9, 50)], ids=str)
+def test_options(isa: str, dtype: torch.dtype, kind: str, shape: tuple[int, ...]) -> None:
+    x, classes = logits_for(shape, dtype), shape[1]
+    target = target_for(kind, x)
+    weighted = target._replace(weight=torch.rand(classes, dtype=ops.acc_dtype(dtype)) + 0.2)
+    row_weight = torch.rand(len(rows_of(x)), dtype=ops.acc_dtype(dtype))
+    smooth = {"mix_a": 0.8, "mix_b": 0.2 / classes}
+    check(x, target, spec_for(kind, classes, temperature=2.0, **smooth), row_weight=row_weight)
+    check(x, weighted, spec_for(kind, classes, **smooth))
+    check(x, weighted, spec_for(kind, classes), row_weight=row_weight)
+    check(x, target, spec_for(kind, classes, softcap=5.0, z_loss=0.01), extras=True)
+    check(x, weighted, spec_for(kind, classes, softcap=5.0, temperature=0.7, scale=2.0, **smooth))
+    check(x, target, spec_for(kind, classes, z_loss=0.02, **smooth), row_weight=row_weight)
+
+
+@pytest.mark.parametrize("shape", [(70, 10), (7, 2500), (2, 9, 50)], ids=str)
+@pytest.mark.parametrize(
+    ("number", "parameter"),
+    [
+        (ops.PHI_FOCAL, 2.0),
+        (ops.PHI_FOCAL, 0.5),
+        (ops.PHI_LABEL_RELAXATION, 0.1),
+        (ops.PHI_GENERALIZED, 0.7),
+        (ops.PHI_POLY1, 1.5),
+    ],
+)
+def test_row_transforms(isa: str, shape: tuple[int, ...], number: float, parameter: float) -> None:
+    x = logits_for(shape, torch.float64)
+    for kind in ("indices", "probs"):
+        check(x, target_for(kind, x), spec_for(kind, shape[1], phi=number, phi_p0=parameter))
+    for dtype in (torch.float32, torch.bfloat16):
+        y = x.to(dtype)
+        check(y, target_for("probs", y), spec_for("probs", shape[1], phi=number, phi_p0=parameter))
+
+
+@pytest.mark.parametrize("number", [ops.PHI_FOCAL, ops.PHI_LABEL_RELAXATION, ops.PHI_GENERALIZED, ops.PHI_POLY1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("classes", [8, 3000])
+def test_row_transforms_where_the_target_is_certain_or_impossible(
+    isa: str, number: float, dtype: torch.dtype, classes: int
+) -> None:
+    x = torch.zeros(3, classes, dtype=dtype)
+    x[0, 0], x[1, 0], x[2, 0] = 200.0, -200.0, 20.0
+    target = KernelTarget(index=torch.zeros(3, 1, dtype=torch.int64))
+    for parameter in (0.3, 0.9):
+        loss, g, _ = fused_of(x, target, Spec(phi=number, phi_p0=parameter), mean=False)
+        assert math.isfinite(loss) and bool(g.isfinite().all())
+        assert float(g[0].abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ("indices", "topk", "probs", "teacher"))
+def test_a_row_shared_by_threads(isa: str, dtype: torch.dtype, kind: str) -> None:
+    """Rows long enough to be cut in chunks, and one whose chunks differ by more than exp can span."""
+    x = logits_for((3, 70001), dtype)
+    x[1, 40000:] += 90
+    x[2, :33000] = -INF if kind in ("indices", "teacher") else -50
+    target = target_for(kind, x)
+    if target.index is not None:
+        target.index[2] = 69999
+    check(x, target, spec_for(kind, 70001))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_and_starts(isa: str, dtype: torch.dtype) -> None:
+    """Rows in a wider matrix, rows that are all the same memory, and starts anywhere within a vector."""
+    for classes in (10, 33, 1000, 2500):
+        for start in (0, 1, 3, 5):
+            wide = logits_for((6, classes + 13), dtype)
+            x = wide[:, start : start + classes]
+            for kind in ("indices", "probs", "probs_acc"):
+                check(x, target_for(kind, x), spec_for(kind, classes, mix_a=0.9, mix_b=0.1 / classes))
+    x = logits_for((1, 300), dtype).expand(5, 300)
+    check(x, target_for("topk", x), Spec())
+    x = logits_for((3, 40, 70), dtype)[:, 2:33, 5:61]
+    for kind in ("indices", "probs"):
+        check(x, target_for(kind, x.contiguous()), spec_for(kind, 31, mix_a=0.9, mix_b=0.1 / 31))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(520, 4099), (2100, 1003), (30000, 71), (2, 33, 33000)], ids=str)
+def test_streamed_outputs(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Gradients large enough to be written past the caches, with row starts that no vector is aligned to."""
+    shape = (shape[0] * 4 // dtype.itemsize, *shape[1:])
+    x = logits_for(shape, dtype)
+    for kind in ("indices", "probs"):
+        target = target_for(kind, x)
+        _, g, _ = fused_of(x, target, Spec(mix_a=0.9, mix_b=0.1 / shape[1]), mean=False)
+        over = x.clone()
+        ops.row_fused_(over, *target, None, IGNORE, list(Spec(mix_a=0.9, mix_b=0.1 / shape[1])), False, False)
+        assert torch.equal(g, over)  # in place is not streamed
+        few = torch.randint(0, len(x), (3,)) if x.dim() == 2 else torch.tensor([1])
+        part = target._replace(
+            index=None if target.index is None else target.index.view(len(x), -1)[few].view(-1, 1),
+            dense=None if target.dense is None else target.dense[few],
+        )
+        truth = Truth(x[few], part, Spec(mix_a=0.9, mix_b=0.1 / shape[1]))
+        _, want, push = truth.fused(None, False)
+        assert_gradient(g[few], like(want, x[few]), "streamed", push)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(3, 66001), (20, 4099), (2000, 37), (2, 21, 1900)], ids=str)
+def test_threads_do_not_change_a_bit(isa: str, dtype: torch.dtype, kind: str, shape: tuple[int, ...]) -> None:
+    x = logits_for(shape, dtype)
+    target, spec = target_for(kind, x), spec_for(kind, shape[1], mix_a=0.9, mix_b=0.1 / shape[1])
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append((*fused_of(x, target, spec), stats_of(x, target, spec)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The compiled CPU kernels at their edges: infinite, huge and nan logits, denominators, bad indices, accuracy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from kernel_truth import (
+    DTYPES,
+    IGNORE,
+    INF,
+    KINDS,
+    NAN,
+    Truth,
+    check,
+    fused_of,
+    isa,
+    logits_for,
+    rows_of,
+    spec_for,
+    stats_of,
+    target_for,
+)
+from torch import Tensor
+
+from softce import ops
+from softce.ops import COUNT, LOSS, LSE, MASS, KernelTarget, Spec
+
+__all__ = ["isa"]  # the fixture
+
+LAYOUTS = {"short": 12, "long": 3000, "planes": 12}
+
+
+def edge_logits(layout: str, rows: int, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    """Logits of ``rows`` rows, and their (R, C) view for setting values."""
+    classes = LAYOUTS[layout]
+    x = torch.randn(rows, classes).to(dtype)
+    if layout != "planes":
+        return x, x
+    block = x.t().contiguous()[None]
+    return block, block[0].t()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_infinite_and_huge_logits(isa: str, layout: str, dtype: torch.dtype) -> None:
+    x, rows = edge_logits(layout, 9, dtype)
+    huge = torch.finfo(dtype).max * 0.99
+    rows[0, 3] = -INF  # not the target: fine
+    rows[1, 0] = -INF  # the target: inf, with a finite gradient
+    rows[2] = -INF
+    rows[3, 5] = INF
+    rows[4, 5] = NAN
+    rows[5], rows[5, 0] = NAN, INF  # ignored
+    rows[6] = huge
+    rows[7], rows[7, 0] = -huge, huge
+    index = torch.zeros(9, 1, dtype=torch.int64)
+    index[5] = IGNORE
+    target = KernelTarget(index=index)
+    stats = stats_of(x, target, Spec())
+    loss = stats[LOSS]
+    assert (
+        bool(loss[[0, 6, 7, 8]].isfinite().all()) and loss[1] == INF and bool(loss[2:5].isnan().all()) and loss[5] == 0
+    )
+    assert torch.equal(stats[:, 5], torch.zeros(4, dtype=stats.dtype))
+    torch.testing.assert_close(loss[6].double(), torch.tensor(math.log(LAYOUTS[layout])).double(), rtol=1e-5, atol=0)
+    assert loss[7] == 0
+    _, g, _ = fused_of(x, target, Spec(), mean=False)
+    g = rows_of(g)
+    assert bool(g[[0, 1, 6, 7, 8]].isfinite().all()) and bool(g[2:5].isnan().all())
+    assert bool((g[5] == 0).all()) and g[0, 3] == 0 and abs(float(g[1, 0]) + 1) < 1e-6
+    # With smoothing the -inf logits do have target weight.
+    loss = stats_of(x, target, Spec(mix_a=0.9, mix_b=0.1 / LAYOUTS[layout]))[LOSS]
+    assert loss[0] == INF and loss[1] == INF and bool(loss[2:5].isnan().all()) and loss[5] == 0
+    torch.testing.assert_close(loss[6].double(), torch.tensor(math.log(LAYOUTS[layout])).double(), rtol=1e-5, atol=0)
+    coef = torch.ones(2, 9, dtype=stats.dtype)
+    assert bool((rows_of(ops.row_grad(x, stats[LSE], coef, *target, IGNORE, list(Spec())))[5] == 0).all())
+    coef[:, 4] = 0  # coefficients of 0 give an exact 0 whatever the logits hold
+    assert bool((rows_of(ops.row_grad(x, stats[LSE], coef, *target, IGNORE, list(Spec())))[4] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_weight_on_a_masked_class(isa: str, layout: str, dtype: torch.dtype) -> None:
+    """0 * (-inf) is 0: probabilities, class weights, teachers."""
+    x, rows = edge_logits(layout, 4, dtype)
+    rows[:, 3:6] = -INF
+    dense = torch.zeros_like(x)
+    dense_rows = dense[0].t() if layout == "planes" else dense
+    dense_rows[:, 0], dense_rows[:, 1] = 0.25, 0.75
+    check(x, KernelTarget(dense=dense), Spec())
+    teacher = dense.clone()
+    (teacher[0].t() if layout == "planes" else teacher)[:, 3:6] = -INF
+    check(x, KernelTarget(dense=teacher), Spec(dense_kind=1.0))
+    weight = torch.ones(LAYOUTS[layout], dtype=ops.acc_dtype(dtype))
+    weight[3:6] = 0
+    index = torch.zeros(4, 1, dtype=torch.int64)
+    check(x, KernelTarget(index=index, weight=weight), Spec(mix_a=0.9, mix_b=0.01))
+    check(x, KernelTarget(dense=dense, weight=weight), Spec(mix_a=0.9, mix_b=0.01))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("offset", [-1000.0, -60.0, 30.0, 70.0, 1000.0, 30000.0])
+@pytest.mark.parametrize("kind", ("indices", "probs", "teacher"))
+def test_logits_far_from_zero(isa: str, layout: str, offset: float, kind: str) -> None:
+    """A constant on all logits changes no loss and no gradient."""
+    x, _ = edge_logits(layout, 5, torch.float64)
+    target = target_for(kind, x)
+    spec = spec_for(kind, x.shape[1], mix_a=0.9, mix_b=0.1 / x.shape[1])
+    near, far = stats_of(x, target, spec), stats_of(x + offset, target, spec)
+    torch.testing.assert_close(near[LOSS], far[LOSS], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(near[LSE] + offset * (near[LSE] != 0), far[LSE], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        fused_of(x, target, spec)[1], fused_of(x + offset, target, spec)[1], rtol=1e-8, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_denominators(isa: str, layout: str) -> None:
+    x, _ = edge_logits(layout, 4, torch.float32)
+    ignored = KernelTarget(index=torch.full((4, 1), IGNORE))
+    loss, g, _ = fused_of(x, ignored, Spec())
+    assert loss.isnan() and bool((g == 0).all())
+    assert fused_of(x, ignored, Spec(), mean=False)[0] == 0
+    loss, g, _ = fused_of(x, ignored, Spec(empty_zero=1.0))
+    assert loss == 0 and bool((g == 0).all())
+    worthless = KernelTarget(index=torch.zeros(4, 1, dtype=torch.int64), weight=torch.zeros(x.shape[1]))
+    loss, g, _ = fused_of(x, worthless, Spec())
+    assert loss.isnan() and bool(g.isnan().all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_class_and_no_rows(isa: str, kind: str) -> None:
+    for shape in ((4, 1), (2, 1, 3)):
+        x = logits_for(shape, torch.float32)
+        stats = stats_of(x, target_for(kind, x), spec_for(kind, 1))
+        assert bool((stats[LOSS].abs() < 1e-6).all())
+    x = torch.zeros(0, 5)
+    loss, g, stats = fused_of(x, target_for(kind, x), spec_for(kind, 5))
+    assert loss.isnan() and g.shape == (0, 5) and stats.shape == (4, 0)
+    assert fused_of(x, target_for(kind, x), spec_for(kind, 5), mean=False)[0] == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_is_written_before_a_bad_index_is_found(isa: str, layout: str) -> None:
+    x, _ = edge_logits(layout, 40, torch.float32)
+    for bad in (-1, x.shape[1], 2**40, -(2**63)):
+        index = torch.zeros(40, 1, dtype=torch.int64)
+        index[37] = bad
+        before = x.clone()
+        with pytest.raises(IndexError, match="out of range"):
+            ops.row_fused_(x, *KernelTarget(index=index), None, IGNORE, list(Spec()), True, False)
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mix"), [((4, 262144), 0.1), ((64, 1000), 0.0), ((4096, 10), 0.1), ((1, 21, 4096), 0.0)]
+)
+def test_float32_is_no_less_accurate_than_torch(isa: str, shape: tuple[int, ...], mix: float) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    target = KernelTarget(index=torch.randint(0, shape[1], (len(rows_of(x)), 1)))
+    assert target.index is not None
+    spec = Spec(mix_a=1 - mix, mix_b=mix / shape[1])
+    truth = Truth(x, target, spec)
+    want_loss, want, _ = truth.fused(None, True)
+    loss, g, _ = fused_of(x, target, spec)
+    leaf = x.clone().requires_grad_()
+    theirs = torch.nn.functional.cross_entropy(leaf, target.index.view(len(x), *shape[2:]), label_smoothing=mix)
+    theirs.backward()
+    assert leaf.grad is not None
+
+    def error(got: Tensor) -> float:
+        return float((rows_of(got).double() - want).norm() / want.norm())
+
+    assert error(g) <= max(error(leaf.grad), 1e-7)
+    assert error(g) <= 1e-6
+    assert abs(float(loss) - float(want_loss)) <= max(abs(float(theirs) - float(want_loss)), 1e-6 * float(want_loss))
+
+
+def test_statistics_rows(isa: str) -> None:
+    """MASS and COUNT where they differ: class weights with smoothing."""
+    weight = torch.tensor([0.5, 2.0, 1.0])
+    stats = stats_of(
+        torch.randn(2, 3), KernelTarget(index=torch.tensor([[1], [IGNORE]]), weight=weight), Spec(mix_a=0.4, mix_b=0.2)
+    )
+    torch.testing.assert_close(stats[MASS], torch.tensor([0.4 * 2.0 + 0.2 * 3.5, 0.0]))
+    torch.testing.assert_close(stats[COUNT], torch.tensor([2.0, 0.0]))
