@@ -50,7 +50,7 @@ def assert_rounded_once(
     error = (value - want).abs()
     worst = (error - allowed).argmax()
     assert bool((error <= allowed).all()), (
-        f"{what}: {value[worst]:.9g} instead of {want[worst]:.9g}, off by {error[worst]:.3g}, allowed {allowed[worst]:.3g}"
+        f"{what}: {value[worst]:.9g} not {want[worst]:.9g}, off by {error[worst]:.3g}, allowed {allowed[worst]:.3g}"
         f" (largest value {largest:.3g}, dtype {got.dtype})"
     )
 
