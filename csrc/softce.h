@@ -34,10 +34,10 @@ struct Spec {
   double phi = 0.0;  // Phi
   double phi_p0 = 0.0;
   double phi_p1 = 0.0;
-  double dense_kind = 0.0;  // DenseKind
+  double dense_kind = 0.0;         // DenseKind
   double dense_temperature = 1.0;  // teacher probabilities are softmax(dense / dense_temperature)
-  double scale = 1.0;       // multiplies the reduced loss and its gradient (row_fused only)
-  double empty_zero = 0.0;  // 1: the mean over no counted row is 0 instead of nan (row_fused only)
+  double scale = 1.0;              // multiplies the reduced loss and its gradient (row_fused only)
+  double empty_zero = 0.0;         // 1: the mean over no counted row is 0 instead of nan (row_fused only)
 };
 
 // Logits or dense targets as a strided block: element (b, c, s) lies at
@@ -64,11 +64,11 @@ struct Target {
 
 // Statistics rows of the (kStats or kStatsExtra, R) acc output.
 enum StatsRow : int {
-  kLoss = 0,     // l before phi; 0 where ignored
-  kLse = 1,      // lse; 0 where ignored
-  kMass = 2,     // Q; 0 where ignored
-  kCount = 3,    // what the row adds to the mean's denominator: w[y] for plain class indices (K = 1,
-                 // no value), 1 for every other target, 0 where ignored
+  kLoss = 0,   // l before phi; 0 where ignored
+  kLse = 1,    // lse; 0 where ignored
+  kMass = 2,   // Q; 0 where ignored
+  kCount = 3,  // what the row adds to the mean's denominator: w[y] for plain class indices (K = 1,
+               // no value), 1 for every other target, 0 where ignored
   kStats = 4,
   kTargetLogp = 4,  // sum_c t_c * (y_c - lse), without weights and smoothing; 0 where ignored
   kEntropy = 5,     // -sum_c p_c * log p_c; 0 where ignored
