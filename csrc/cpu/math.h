@@ -59,24 +59,13 @@ struct ExpPoly<float, 4> {
                                       0x1.fffb31a54d8f1p-1f, 0x1.ffffe724e9cd8p-1f};
 };
 
-template <size_t kSize>
-struct WordOf {
-  using type = uint64_t;
-};
-template <>
-struct WordOf<4> {
-  using type = uint32_t;
-};
-
 // exp under a Ref: from elements x to y = x * scale - shift and e^y * 2^-power. Below the range the result is an exact
-// 0; nan stays nan. Above (more than e^80 over the reference) it is garbage: callers watch the maximum, or ask
-// above_range().
+// 0; nan stays nan. Above (more than e^80 over the reference) it is garbage: callers watch the maximum.
 template <class A, int kDegree>
 struct Exp {
   using V = typename VecOf<A>::V;
   using U = typename VecOf<A>::U;
   static constexpr bool kF32 = sizeof(A) == 4;
-  using Word = typename WordOf<sizeof(A)>::type;
   static constexpr double kBias = kF32 ? 127 : 1023;
   static constexpr double kMagic = kF32 ? 0x1.8p23 : 0x1.8p52;  // adding it rounds to an integer in the low bits
   static constexpr A kHigh = kF32 ? A(0.693359375) : A(6.93147180369123816490e-01);
@@ -92,38 +81,27 @@ struct Exp {
   SOFTCE_INLINE V affine(V x) const { return fma(x, splat(scale), splat(minus_shift)); }
 
   SOFTCE_INLINE V exp(V y) const {
-    U unused{};
-    exp<1>(&y, unused);
+    exp<1>(&y);
     return y;
   }
 
-  // Whether what exp has gathered in `seen` tells of a y above the range.
-  static bool above_range(U seen) {
-    const U wanted = U{} | bits<Word>(A(kMagic)) | Word(kF32 ? 0xff : 0x7ff);
-    const auto other = (seen & ~wanted) != 0;
-    Word any = 0;
-    for (int i = 0; i < kLanes<A>; ++i) any |= Word(other[i]);
-    return any != 0;
-  }
-
-  // In place; the exponents are gathered in `seen`, which is cheaper than a maximum.
+  // In place.
   template <int kCount>
-  SOFTCE_INLINE void all(V* y, U& seen) const {
+  SOFTCE_INLINE void all(V* y) const {
     constexpr int kAtOnce = kCount < kTogether ? kCount : kTogether;
     static_assert(kCount % kAtOnce == 0, "whole groups");
-    for (int i = 0; i < kCount; i += kAtOnce) exp<kAtOnce>(y + i, seen);
+    for (int i = 0; i < kCount; i += kAtOnce) exp<kAtOnce>(y + i);
   }
 
   // In place, step by step over all of them: each is one long chain of dependent operations, and a CPU looks only
   // so far ahead for the next.
   template <int kCount>
-  SOFTCE_INLINE void exp(V* y, U& seen) const {
+  SOFTCE_INLINE void exp(V* y) const {
     using Poly = ExpPoly<A, kDegree>;
     V t[kCount], n[kCount], p[kCount];
     for (int i = 0; i < kCount; ++i) y[i] = vmax(splat(lowest), y[i]);
     for (int i = 0; i < kCount; ++i) t[i] = fma(y[i], splat(A(1.44269504088896340736)), splat(magic));
     keep_order<kCount>(t);
-    for (int i = 0; i < kCount; ++i) seen |= bits<U>(t[i]);
     for (int i = 0; i < kCount; ++i) n[i] = t[i] - splat(magic);
     keep_order<kCount>(n);
     if constexpr (kF32 && kFusedMultiplyAdd) {

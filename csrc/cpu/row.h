@@ -299,13 +299,8 @@ inline Factors factors_of(const Context<A>& ctx, int64_t r, const Finished& row,
     const double a = coef[r], b = ctx.call.coef_rows == 3 ? coef[2 * ctx.rows + r] : A(0);
     pull = coef[ctx.rows + r];
     f.zero = zero_coefficients(ctx, r);
-    // For large logits the given lse has lost the digits that matter. Where it is this row's own, rounded, and not one
-    // that was summed over several shards of the classes, the row's sum has them all.
-    const double lse = static_cast<const A*>(ctx.call.lse)[r],
-                 own = refs.x.shift + (refs.x.power * kLn2 + __builtin_log(sums.e));
-    const double p = static_cast<A>(own) == static_cast<A>(lse)
-                         ? 1.0 / sums.e
-                         : __builtin_exp((refs.x.shift - lse) + refs.x.power * kLn2);
+    const double lse = static_cast<const A*>(ctx.call.lse)[r];
+    const double p = __builtin_exp((refs.x.shift - lse) + refs.x.power * kLn2);
     f.a = (a + b * refs.x.shift) * p;  // y in the kernels lacks the shift
     f.b = b * p;
   } else {

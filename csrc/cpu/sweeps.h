@@ -28,29 +28,28 @@ struct Fast {
 
   // Accumulators: as few as the latency of an addition allows, because sixteen registers are soon full.
   struct Lanes {
-    V e[2], y, t, ty;
-    typename VecOf<A>::U seen, teacher_seen;
+    V e[2], y, t, ty, top, ttop;
   };
 
-  // kPlain: y is x itself, neither scaled nor shifted.
-  template <bool kPlain>
   struct First {
     Exp<A, kDegree> exp, teacher;
 
     template <int kCount>
     SOFTCE_INLINE void step(const V* x, const V* d, A* e_out, A* t_out, Lanes& s, int parity) const {
       V y[kCount], e[kCount], t[kCount];
-      for (int i = 0; i < kCount; ++i) e[i] = y[i] = kPlain ? x[i] : exp.affine(x[i]);
+      for (int i = 0; i < kCount; ++i) e[i] = y[i] = exp.affine(x[i]);
+      for (int i = 0; i < kCount; ++i) s.top = vmax(y[i], s.top);
       if constexpr (kBase || kDense)
         for (int i = 0; i < kCount; ++i) s.y += y[i];
-      exp.template all<kCount>(e, s.seen);
+      exp.template all<kCount>(e);
       for (int i = 0; i < kCount; ++i) {
         store(e_out + i * kLanes<A>, e[i]);
         s.e[(parity + i) & 1] += e[i];
       }
       if constexpr (kTeacher) {
         for (int i = 0; i < kCount; ++i) t[i] = teacher.affine(d[i]);
-        teacher.template all<kCount>(t, s.teacher_seen);
+        for (int i = 0; i < kCount; ++i) s.ttop = vmax(t[i], s.ttop);
+        teacher.template all<kCount>(t);
         for (int i = 0; i < kCount; ++i) store(t_out + i * kLanes<A>, t[i]);
       } else if constexpr (kDense) {
         for (int i = 0; i < kCount; ++i) t[i] = d[i];
@@ -66,19 +65,14 @@ struct Fast {
   };
 
   static Sums first(const Context<A>& ctx, const Piece<A>& piece, const Refs& refs) {
-    return ctx.scale == 1 && refs.x.shift == 0 ? sweep<true>(ctx, piece, refs) : sweep<false>(ctx, piece, refs);
-  }
-
-  template <bool kPlain>
-  static Sums sweep(const Context<A>& ctx, const Piece<A>& piece, const Refs& refs) {
-    const First<kPlain> step{{ctx.scale, refs.x}, {ctx.teacher_scale, refs.teacher}};
+    const First step{{ctx.scale, refs.x}, {ctx.teacher_scale, refs.teacher}};
     const Elem* x = reinterpret_cast<const Elem*>(piece.x) + piece.begin;
     const Dense* d = reinterpret_cast<const Dense*>(piece.dense) + piece.begin;
     A* e = piece.e;
     A* teacher = piece.teacher;
     const int64_t n = piece.n;
     constexpr A kLow = A(-__builtin_inf());
-    Lanes s{};
+    Lanes s{{V{}, V{}}, V{}, V{}, V{}, splat(kLow), splat(kLow)};
     int64_t i = 0;
     for (; i + kUnroll * kUnit <= n; i += kUnroll * kUnit) {
       for (int u = 0; u < kUnroll; u += kUnits) {
@@ -121,31 +115,9 @@ struct Fast {
       out.t = out.plain_t = sum_of<A>(s.t);
       out.ty = sum_of<A>(s.ty);
     }
-    out.top = suits(out.e, step.exp.above_range(s.seen)) ? refs.x.log_value() : maximum<X>(x, n, step.exp, refs.x);
-    if constexpr (kTeacher) {
-      const bool good = suits(out.t, step.teacher.above_range(s.teacher_seen));
-      out.ttop = good ? refs.teacher.log_value() : maximum<D>(d, n, step.teacher, refs.teacher);
-    }
+    out.top = max_of<A>(s.top) + refs.x.shift;
+    if constexpr (kTeacher) out.ttop = max_of<A>(s.ttop) + refs.teacher.shift;
     return out;
-  }
-
-  // By the sum of e alone: no y is so large, nor are all so small, that the reference would be replaced.
-  static bool suits(double e, bool above) { return !above && e < 1e17 && e > 1e-8; }
-
-  // What the maximum is told by where it may matter.
-  template <class IO>
-  static double maximum(const typename IO::Elem* x, int64_t n, const Exp<A, kDegree>& exp, const Ref& ref) {
-    V top = splat(A(-__builtin_inf()));
-    for (int64_t i = 0; i < n; i += kUnit) {
-      V in[NV];
-      if (i + kUnit <= n) {
-        IO::read(x + i, in);
-      } else {
-        read_part<IO>(x + i, n - i, in, A(-__builtin_inf()));
-      }
-      for (int v = 0; v < NV; ++v) top = vmax(exp.affine(in[v]), top);
-    }
-    return max_of<A>(top) + ref.shift;
   }
 
   struct Second {
