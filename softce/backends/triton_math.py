@@ -53,7 +53,8 @@ def one_minus_exp(x):
 
 @triton.jit
 def power(base, exponent):
-    """base ** exponent for base >= 0, with 0 ** 0 = 1."""
+    """base ** exponent with 0 ** 0 = 1; a base below 0, where rounding may put a loss of 0, counts as 0."""
+    base = tl.where(base < 0, 0.0, base)
     raised = tl.where(base == 0, tl.where(exponent < 0, float("inf"), 0.0), tl.exp(exponent * tl.log(base)))
     return tl.where(exponent == 0, 1.0, raised)
 
