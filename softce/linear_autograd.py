@@ -277,14 +277,12 @@ class _Fused(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor | None, factor: Tensor, like: Tensor | None) -> Tensor | None:
-    """``grad * factor`` in the dtype of ``like``, over ``grad`` if that is its dtype. Rounds once."""
+    """``grad * factor``, over ``grad``, then rounded once to the dtype of ``like``."""
     if grad is None or like is None:
         return None
-    if grad.dtype != like.dtype:
-        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=like.dtype))
-    if grad.device.type == "cpu" and factor.item() == 1.0:
-        return grad
-    return grad.mul_(factor)
+    if grad.device.type != "cpu" or factor.item() != 1.0:
+        grad.mul_(factor)
+    return grad.to(like.dtype)
 
 
 def fused_loss(

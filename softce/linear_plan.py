@@ -17,7 +17,9 @@ _ROWS = {"cpu": 512, "cuda": 2048}
 _THIN = 64
 _LARGE = 8192  # classes from which on the weight is not expected in a cache
 _TILE_ROWS = 1024  # rows of a tile over the vocabulary
-_RESERVE = 8 << 20  # bytes that a call needs besides its buffers, measured at H = 512; mostly the BLAS library's
+# Bytes that a call needs besides its buffers, measured at H = 512; mostly the BLAS library's packed operands.
+_RESERVE = 5 << 20
+_RESERVE_TILES = 8 << 20
 _WEIGHT_TILE = 4 << 20  # bytes of a half-precision weight that are widened at a time
 
 
@@ -116,25 +118,22 @@ def choose(rows: int, classes: int, cost: Costs, budget: int | None, device: str
     # for each half would be dear.
     few = rows < 3 * _THIN and classes >= _LARGE
     best = min(_ROWS.get(device, _ROWS["cpu"]), rows if few else (rows + 1) // 2)
-    if budget is None or cost.bytes(best, classes) <= budget - _reserve(budget):
+    if budget is None or cost.bytes(best, classes) <= budget - min(_RESERVE, budget // 2):
         return Chunking(_even(rows, best), classes)
     # The tile of a widened weight shrinks with the budget (weight_tile).
-    room = budget - _reserve(budget) - min(cost.fixed, budget // 4)
+    room = budget - min(cost.fixed, budget // 4)
+    tile_room = room - min(_RESERVE_TILES, budget // 2)
+    room -= min(_RESERVE, budget // 2)
     fit = room // (cost.per_row + cost.per_logit * classes)
     if fit >= min(_THIN, best) or not tiles:
         return Chunking(_even(rows, max(1, min(fit, best))), classes)
     height = min(_TILE_ROWS, rows)
-    while height > 1 and room // height < cost.per_row + cost.per_logit * min(classes, 2 * height):
+    while height > 1 and tile_room // height < cost.per_row + cost.per_logit * min(classes, 2 * height):
         height //= 2
-    width = (room // height - cost.per_row) // cost.per_logit
+    width = (tile_room // height - cost.per_row) // cost.per_logit
     if width < min(classes, 64):  # what a row needs besides its logits leaves no room for a tile
         return Chunking(_even(rows, max(1, fit)), classes)
     return Chunking(_even(rows, height), min(classes, width // 64 * 64 if width > 64 else width))
-
-
-def _reserve(budget: int) -> int:
-    """What of a budget goes to statistics, indices and the packed operands of the matrix products."""
-    return min(budget // 2, _RESERVE)
 
 
 def _even(rows: int, chunk: int) -> int:
