@@ -132,8 +132,10 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, Sc
       a = rows(coef, i);
       pull = rows(coef + ctx.rows, i);
       alive = (a == 0.0) & (pull == 0.0) ? zero : alive;
-      const F64V power = shift - rows(given_lse, i);
-      a *= exp.exp(power > 700.0 ? splat(700.0) : power);
+      const F64V given = rows(given_lse, i), power = shift - given;
+      A rounded[kStep];  // as in factors_of: a row's own lse is worth its rounding
+      store_doubles(rounded, shift + log_or_nan(e));
+      a *= doubles(rounded) == given ? 1.0 / e : exp.exp(power > 700.0 ? splat(700.0) : power);
     } else {
       const F64V log_e = log_or_nan(e), lse = shift + log_e, loss = mass * log_e - dot;
       F64V weighted = loss;

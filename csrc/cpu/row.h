@@ -247,7 +247,7 @@ inline Finished finish(const Context<A>& ctx, int64_t r, const char* x, const Su
   const double norm = ctx.teacher ? 1.0 / sums.plain_t : 1.0;
   double mass = base == 0 ? 0 : base * sums.w, dot = times(base, sums.y);
   if (!ctx.sparse) mass += spec.mix_a * norm * sums.t, dot += times(spec.mix_a * norm, sums.ty);
-  row.count = 1;
+  row.count = ctx.classes > 0 ? 1 : 0;  // numel / C rows: 0 / 0 of no classes
   ctx.entries(r, [&](int64_t c, double t) {
     const double q = spec.mix_a * t * ctx.weight_of(c);
     mass += q;
@@ -299,8 +299,13 @@ inline Factors factors_of(const Context<A>& ctx, int64_t r, const Finished& row,
     const double a = coef[r], b = ctx.call.coef_rows == 3 ? coef[2 * ctx.rows + r] : A(0);
     pull = coef[ctx.rows + r];
     f.zero = zero_coefficients(ctx, r);
-    const double lse = static_cast<const A*>(ctx.call.lse)[r];
-    const double p = __builtin_exp((refs.x.shift - lse) + refs.x.power * kLn2);
+    // For large logits the given lse has lost the digits that matter. Where it is this row's own, rounded, and not one
+    // that was summed over several shards of the classes, the row's sum has them all.
+    const double lse = static_cast<const A*>(ctx.call.lse)[r],
+                 own = refs.x.shift + (refs.x.power * kLn2 + __builtin_log(sums.e));
+    const double p = static_cast<A>(own) == static_cast<A>(lse)
+                         ? 1.0 / sums.e
+                         : __builtin_exp((refs.x.shift - lse) + refs.x.power * kLn2);
     f.a = (a + b * refs.x.shift) * p;  // y in the kernels lacks the shift
     f.b = b * p;
   } else {

@@ -31,13 +31,15 @@ struct Fast {
     V e[2], y, t, ty, top, ttop;
   };
 
+  // kPlain: y is x itself, neither scaled nor shifted.
+  template <bool kPlain>
   struct First {
     Exp<A, kDegree> exp, teacher;
 
     template <int kCount>
     SOFTCE_INLINE void step(const V* x, const V* d, A* e_out, A* t_out, Lanes& s, int parity) const {
       V y[kCount], e[kCount], t[kCount];
-      for (int i = 0; i < kCount; ++i) e[i] = y[i] = exp.affine(x[i]);
+      for (int i = 0; i < kCount; ++i) e[i] = y[i] = kPlain ? x[i] : exp.affine(x[i]);
       for (int i = 0; i < kCount; ++i) s.top = vmax(y[i], s.top);
       if constexpr (kBase || kDense)
         for (int i = 0; i < kCount; ++i) s.y += y[i];
@@ -65,7 +67,12 @@ struct Fast {
   };
 
   static Sums first(const Context<A>& ctx, const Piece<A>& piece, const Refs& refs) {
-    const First step{{ctx.scale, refs.x}, {ctx.teacher_scale, refs.teacher}};
+    return ctx.scale == 1 && refs.x.shift == 0 ? sweep<true>(ctx, piece, refs) : sweep<false>(ctx, piece, refs);
+  }
+
+  template <bool kPlain>
+  static Sums sweep(const Context<A>& ctx, const Piece<A>& piece, const Refs& refs) {
+    const First<kPlain> step{{ctx.scale, refs.x}, {ctx.teacher_scale, refs.teacher}};
     const Elem* x = reinterpret_cast<const Elem*>(piece.x) + piece.begin;
     const Dense* d = reinterpret_cast<const Dense*>(piece.dense) + piece.begin;
     A* e = piece.e;
