@@ -111,6 +111,10 @@ def keep_rows(tensors: Tensors, ignore_index: int) -> Kept:
     index = tensors.index
     if index is None or index.device.type == "meta":
         return Kept(tensors, None)
+    if index.device.type == "cpu" and index.numel():  # the common case in one look
+        low, high = (int(v) for v in torch.aminmax(index))
+        if low >= 0 and high < tensors.classes and not low <= ignore_index <= high:
+            return Kept(tensors, None)
     used = check_index(index, ignore_index, tensors.classes)
     if bool(used.all()):
         return Kept(tensors, None)
@@ -412,6 +416,9 @@ def _fused_rows(loop: Loop, factor: Tensor, extras: bool) -> Tensor:
 
 def _row_factor(t: Tensors, work: Work, weights: Tensor | None, mean: bool, acc: torch.dtype) -> Tensor:
     """``(R,)``: what the row losses are multiplied with before they are summed."""
+    if weights is None and (t.weight is None or t.index is None):  # every row that is left counts 1
+        each = work.spec.scale / t.row_count if mean and t.row_count else work.spec.scale
+        return t.input.new_full((t.row_count,), each, dtype=acc)
     ones = t.input.new_ones((t.row_count,), dtype=acc)
     factor = (ones if weights is None else weights) * work.spec.scale
     if not mean:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import linear, ops, reference
 from .autograd import _batched
+from .backends.gpu import scale_
 from .linear import Tensors, Work
 from .ops import COUNT, LOSS, KernelTarget, Spec, acc_dtype
 from .reduction import reduce_rows
@@ -280,7 +281,9 @@ def _scaled(grad: Tensor | None, factor: Tensor, like: Tensor | None) -> Tensor 
     """``grad * factor``, over ``grad``, then rounded once to the dtype of ``like``."""
     if grad is None or like is None:
         return None
-    if grad.device.type != "cpu" or factor.item() != 1.0:
+    if grad.is_cuda:
+        grad = scale_(grad, factor)
+    elif grad.device.type != "cpu" or factor.item() != 1.0:
         grad.mul_(factor)
     return grad.to(like.dtype)
 
