@@ -396,7 +396,8 @@ def test_no_rows(shape: Any, dense: bool, reduction: str, backend: str) -> None:
 @by_reduction
 @pytest.mark.parametrize("shape", [(3, 0), (0,), (0, 0), (2, 0, 3)], ids=str)
 def test_no_classes_with_probabilities(shape: Any, reduction: str, backend: str) -> None:
-    assert_same_as_torch(torch.randn(shape), torch.rand(shape), backend, reduction=reduction)
+    for dtype in (torch.float32, torch.float16):
+        assert_same_as_torch(torch.randn(shape).to(dtype), torch.rand(shape).to(dtype), backend, reduction=reduction)
 
 
 @by_reduction
