@@ -260,7 +260,7 @@ def test_allocator_settings_take_page_faults_away() -> None:
         "threads": 1,
     }
     ordinary = isolate.run(job)["results"]["eager"]
-    # So short a run may still meet one block for the first time; without the settings every round maps all of them anew.
+    # So short a run may meet one block for the first time; without the settings every round maps all anew.
     kept = min(isolate.run(job, isolate.NO_PAGE_FAULTS)["results"]["eager"]["page_faults"] for _ in range(3))
     assert ordinary["page_faults"] > 8000 and kept < ordinary["page_faults"] / 2
 
