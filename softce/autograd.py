@@ -106,6 +106,7 @@ def _stats_vjp(
     if inplace:
         ops.row_grad_(*arguments)
         torch.autograd.graph.increment_version(logits)
+        _forbid_reuse(logits)
         return (logits.detach(), *(None,) * 5)
     return (ops.row_grad(*arguments), *(None,) * 5)
 
@@ -278,9 +279,16 @@ def fused_loss(
     when a gradient comes through it, so a later use cannot be wrong in silence.
     """
     made = _apply_fused(logits, (call, row_weight, mean, extras, inplace))
-    if inplace and logits.grad_fn is not None and (logits._base is None or not logits._base.is_leaf):
-        _Overwritten.apply(logits)
+    if inplace:
+        _forbid_reuse(logits)
     return made if extras else (made, None)
+
+
+def _forbid_reuse(logits: Tensor) -> None:
+    """End the history of ``logits``, which hold their gradient, in a node that raises."""
+    if logits.grad_fn is not None and (logits._base is None or not logits._base.is_leaf):
+        with torch.enable_grad():
+            _Overwritten.apply(logits)
 
 
 class _Overwritten(torch.autograd.Function):

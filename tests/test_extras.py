@@ -312,6 +312,30 @@ def test_a_backend_asked_for_by_name_runs_or_says_why_not(cpu_kernels: None) -> 
     assert calls == {"row_stats": 1}
 
 
+@pytest.mark.parametrize("dtype, reduction", [(torch.float32, "none"), (torch.float16, "mean")])
+@pytest.mark.parametrize("shape", [(3, 4), (2, 4, 3)])
+def test_inplace_logits_cannot_be_used_after_backward(
+    shape: tuple[int, ...], dtype: torch.dtype, reduction: str, cpu_kernels: None
+) -> None:
+    """Where the gradient is written in backward, the logits still serve until then, and raise from then on."""
+    x, y = torch.randn(shape).to(dtype), torch.randint(4, (shape[0], *shape[2:]))
+    (want,) = torch.autograd.grad(F.cross_entropy(leaf := x.double().requires_grad_(), y, reduction="sum"), leaf)
+    scale = y.numel() if reduction == "mean" else 1
+    uses = (lambda h: h.sum(), lambda h: (h * h).sum(), lambda h: softce.cross_entropy(h, y), lambda h: h.exp().sum())
+    for use in uses:
+        leaf = x.clone().requires_grad_()
+        logits = leaf * 1.0
+        before = logits.sum()
+        softce.cross_entropy(logits, y, reduction=reduction, options=Options(inplace=True)).sum().backward(
+            retain_graph=True
+        )
+        assert_rounded_once(leaf.grad, want / scale)
+        with pytest.raises(RuntimeError, match=r"overwritten by their gradient|modified by an inplace operation"):
+            use(logits).backward()
+        before.backward()  # it needs none of the values
+        torch.testing.assert_close(leaf.grad.double(), want / scale + 1.0, rtol=2e-3, atol=2e-3)
+
+
 def test_auto_explains_itself(cpu_kernels: None) -> None:
     x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
     with warnings.catch_warnings():
