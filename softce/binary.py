@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import _reduction
 
 from . import validate
-from .autograd import transform_active
+from .autograd import _batched
 from .dispatch import is_plain, reasons_against_kernels
 from .ops import acc_dtype
 from .options import DEFAULT, Options
+from .settings import default_loss_dtype
 
 _REPEAT = 2048  # a short weight is repeated to at least this length, so that the kernel meets its end seldom
 
@@ -69,7 +70,7 @@ def binary_cross_entropy_with_logits(
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         pos_weight: broadcastable to the input's shape, as ``(C,)`` for ``(N, C)``; multiplies the positive part.
         label_smoothing: e in [0, 1]: moves every target towards 1/2, ``(1 - e) * t + e / 2``.
-        loss_dtype: dtype of the loss; by default the promoted dtype of all tensors.
+        loss_dtype: dtype of the loss; by default the promoted dtype of all tensors, at least float32 under autocast.
         options: :class:`softce.Options`: ``backend`` (the compiled CPU kernel serves ``mean`` and ``sum``; everything
             else is the plain formula) and ``validate``.
 
@@ -85,11 +86,14 @@ def binary_cross_entropy_with_logits(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
+    tensors = {"input": input, "target": target, "weight": weight, "pos_weight": pos_weight}
+    for name, x in tensors.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"binary_cross_entropy_with_logits: {name} must be Tensor, not {type(x).__name__}")
     if target.shape != input.shape:
         raise ValueError(f"Target size ({list(target.shape)}) must be the same as input size ({list(input.shape)})")
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    tensors = {"input": input, "target": target, "weight": weight, "pos_weight": pos_weight}
     promoted = input.dtype
     for name, x in tensors.items():
         if x is None:
@@ -126,7 +130,7 @@ def binary_cross_entropy_with_logits(
     else:
         loss = formula(input, target, weight, pos_weight, mixed, acc_dtype(promoted))
         loss = loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
-    return loss.to(promoted if loss_dtype is None else loss_dtype)
+    return loss.to(default_loss_dtype(promoted, input.device.type) if loss_dtype is None else loss_dtype)
 
 
 def _check_broadcast(name: str, x: Tensor | None, input: Tensor) -> None:
@@ -221,7 +225,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         grad, ctx.grad = ctx.grad, None
         input, target, weight, pos_weight = ctx.saved_tensors
-        if torch.is_grad_enabled() or transform_active():
+        if torch.is_grad_enabled() or _batched(upstream):
             with torch.enable_grad():
                 x = input.view_as(input)
                 loss = formula(x, target, weight, pos_weight, ctx.mixed, acc_dtype(x.dtype)).sum() * ctx.scale

@@ -20,7 +20,7 @@ from .options import Options
 from .probs import log_probabilities
 from .reduction import reduce_rows
 from .row_losses import RowLoss, without_factor
-from .settings import FLOATS, Stats, cached_spec, make_spec
+from .settings import FLOATS, Stats, cached_spec, default_loss_dtype, make_spec
 from .target_rows import class_factor_rows, counts, target_entropy
 from .targets import ClassProbabilities, Target
 
@@ -59,9 +59,7 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
         promoted = torch.promote_types(promoted, weight.dtype)
     loss_dtype = ask.loss_dtype
     if loss_dtype is None:
-        half = dtype is not torch.float32
-        autocast = half and input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
-        loss_dtype = torch.float32 if autocast and promoted is not torch.float64 else promoted
+        loss_dtype = default_loss_dtype(promoted, input.device.type)
     if promoted is torch.float64 and dtype is not torch.float64:
         input = input.to(torch.float64)
         dtype = torch.float64

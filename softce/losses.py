@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from .functional import cross_entropy
 from .layout import Layout
+from .ops import acc_dtype
 from .row_losses import LabelRelaxation
-from .targets import Form, Target, as_target
+from .settings import default_loss_dtype
+from .targets import ClassProbabilities, Form, Target, as_target
+from .validate import check_logits
 
 _KL_REDUCTIONS = ("batchmean", "mean", "sum", "row", "none")
 
@@ -79,7 +82,15 @@ def kl_div_loss(
                 "kl_div_loss: reduction='none' gives every class's term and takes class probabilities alone; "
                 "use reduction='row' with other targets and arguments"
             )
-        return nn.functional.kl_div(torch.log_softmax(input, 1 if input.dim() > 1 else 0), target, reduction="none")
+        form = ClassProbabilities(target)
+        form.check(input, -100)
+        check_logits(input)
+        form.check_values()
+        dtype = form.dtype(input)
+        acc = acc_dtype(dtype)
+        logp = torch.log_softmax(input.to(acc), 1 if input.dim() > 1 else 0)
+        each = nn.functional.kl_div(logp, target.to(acc), reduction="none")
+        return each.to(default_loss_dtype(dtype, input.device.type))
     scale = 1.0
     if reduction == "batchmean" and input.dim() > 1:
         scale = 1.0 / max(1, input.shape[0])

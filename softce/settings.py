@@ -18,6 +18,12 @@ from .targets import ClassIndices, Target
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def default_loss_dtype(promoted: torch.dtype, device: str) -> torch.dtype:
+    """The dtype of a loss whose tensors promote to ``promoted``: that, or float32 for half precision under autocast."""
+    autocast = promoted.itemsize == 2 and device != "meta" and torch.is_autocast_enabled(device)
+    return torch.float32 if autocast else promoted
+
+
 class Stats(NamedTuple):
     """Per-row facts from the same pass, each of the target's row shape; 0 where the row is ignored.
 
@@ -90,6 +96,8 @@ def check_extras(row_loss: object, loss_dtype: torch.dtype | None, options: obje
     """Raise TypeError for keyword arguments of a wrong type."""
     if not isinstance(options, Options):
         raise TypeError(f"cross_entropy: options must be softce.Options, not {type(options).__name__}")
+    if isinstance(row_loss, type):
+        raise TypeError(f"cross_entropy: row_loss must be a row loss, got the class: pass {row_loss.__name__}(..)")
     if row_loss is not None and not callable(row_loss):
         raise TypeError(f"cross_entropy: row_loss must be a row loss or a callable, not {type(row_loss).__name__}")
     if loss_dtype is not None and loss_dtype not in FLOATS:

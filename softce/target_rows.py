@@ -52,7 +52,7 @@ def target_entropy(
         def entropy(t: Tensor) -> Tensor:
             t = spec.mix_a * t + spec.mix_b if smoothed else t
             each = t * torch.log(torch.where(t == 0, 1.0, t))  # torch.special.entr has no vector code on CPU
-            return -(each.sum(1) if weight is None else torch.mv(each, weight))
+            return -(each if weight is None else each * weight).sum(1)  # a matrix product would be autocast
 
         return _over_dense(target, spec, acc, entropy)
 
@@ -96,7 +96,7 @@ def class_factor_rows(
     """``sum_c class_factor_c t_c`` of each row, ``(R,)``, for ``t`` before smoothing and weights; 0 if ignored."""
     factor = class_factor.to(acc)
     if target.index is None:
-        return _over_dense(target, spec, acc, lambda t: t @ factor)
+        return _over_dense(target, spec, acc, lambda t: (t * factor).sum(1))
     padding = target.index == ignore_index
     found = factor[torch.where(padding, 0, target.index)] if factor.numel() else factor.new_zeros(padding.shape)
     found = torch.where(padding, 0.0, found if target.value is None else found * target.value).sum(1)

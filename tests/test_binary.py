@@ -169,6 +169,17 @@ def test_gradcheck_and_second_derivatives(options: softce.Options) -> None:
     assert torch.autograd.gradgradcheck(lambda x: loss(x, *fixed), (x,))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_batched_gradients(reduction: str, options: softce.Options) -> None:
+    x, t = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.rand(4, 3, dtype=torch.float64)
+    upstream = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    found = [
+        torch.autograd.grad(f(x, t, reduction=reduction), x, upstream, is_grads_batched=True)[0]
+        for f in (lambda x, t, **k: bce(x, t, options=options, **k), F.binary_cross_entropy_with_logits)
+    ]
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_backward_twice_and_upstream_factors(options: softce.Options) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x, t = _inputs((40, 30), dtype)
@@ -245,6 +256,9 @@ def test_bad_arguments() -> None:
         bce(x, t, pos_weight=torch.rand(4))
     with pytest.raises(RuntimeError, match="weight must broadcast"):
         bce(x, t, torch.rand(2, 4, 3))
+    for bad_types in ((x, [0.5]), (x, t, 2.0), (2.0, t)):
+        with pytest.raises(TypeError, match=r"must be Tensor, not (list|float)"):
+            bce(*bad_types)
     for e in (-0.1, 1.1, math.nan):
         with pytest.raises(RuntimeError, match="label_smoothing"):
             bce(x, t, label_smoothing=e)

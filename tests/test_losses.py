@@ -101,6 +101,20 @@ def test_kl_div_of_ignored_rows_and_bad_arguments() -> None:
         softce.kl_div_loss(x, _soft(3, 4), return_stats=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kl_div_by_class_rounds_once(dtype: torch.dtype) -> None:
+    x, t = (3 * torch.randn(5, 100)).to(dtype).requires_grad_(), _soft(5, 100).to(dtype)
+    exact = F.kl_div(F.log_softmax(x.detach().double(), 1), t.double(), reduction="none")
+    loss = softce.kl_div_loss(x, t, reduction="none")
+    assert loss.dtype is dtype
+    # float32 cancellation leaves an error of its own where log t is near log p.
+    torch.testing.assert_close(loss.double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=1e-7)
+    with pytest.raises(RuntimeError, match="floating point"):
+        softce.kl_div_loss(x, torch.ones(5, 100, dtype=torch.int64), reduction="none")
+    with pytest.warns(UserWarning, match="negative"):
+        softce.kl_div_loss(x, t - 1, reduction="none")
+
+
 def test_label_smoothing_by_hand_equals_the_built_in() -> None:
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.randint(5, (6,))
     smoothed = torch.full((6, 5), 0.1 / 5, dtype=torch.float64).scatter_(1, y[:, None], 0.9 + 0.1 / 5)
