@@ -35,7 +35,11 @@ def reduce_rows(
         valid: bool ``(R,)``: rows whose loss stays 0 whatever ``phi`` makes of it are False.
     """
     if phi is not None:
-        loss = phi(loss)
+        shape, loss = list(loss.shape), phi(loss)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"row_loss must return a Tensor, not {type(loss).__name__}")
+        if list(loss.shape) != shape:
+            raise ValueError(f"row_loss must return one loss a row, of shape {shape}, got shape {list(loss.shape)}")
         if valid is not None:
             loss = torch.where(valid, loss, 0.0)
     if row_weight is not None:

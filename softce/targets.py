@@ -79,6 +79,13 @@ def _check_device(name: str, input: Tensor, x: Tensor) -> None:
         raise RuntimeError(f"Expected {name} on the input's device {input.device}, got {x.device}")
 
 
+def _check_tensors(form: Target, *names: str) -> None:
+    for name in names:
+        x = getattr(form, name)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{type(form).__name__}: {name} must be Tensor, not {type(x).__name__}")
+
+
 def _check_float(name: str, x: Tensor, what: str) -> None:
     if not x.is_floating_point():
         raise RuntimeError(f"Expected floating point type for {what}, got {x.dtype} ({name})")
@@ -188,6 +195,7 @@ class TopK(Target):
     def __post_init__(self) -> None:
         if self.rest not in ("zero", "uniform", "renormalize"):
             raise ValueError(f"TopK: rest must be 'zero', 'uniform' or 'renormalize', got {self.rest!r}")
+        _check_tensors(self, "index", "prob")
         if self.index.dtype != torch.int64:
             raise RuntimeError(f"TopK: expected index of dtype torch.int64, got {self.index.dtype}")
         _check_float("TopK.prob", self.prob, "teacher probabilities")
@@ -278,6 +286,7 @@ class Mixup(Target):
     lam: float | Tensor
 
     def __post_init__(self) -> None:
+        _check_tensors(self, "target_a", "target_b")
         if not isinstance(self.lam, Tensor):
             if not isinstance(self.lam, Real):
                 raise TypeError(f"Mixup: lam must be a number or a Tensor, got {type(self.lam).__name__}")
@@ -336,6 +345,7 @@ class Teacher(Target):
     divergence: bool = False
 
     def __post_init__(self) -> None:
+        _check_tensors(self, "logits")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"Teacher: temperature must be positive, got {self.temperature}")
         _check_float("Teacher.logits", self.logits, "teacher logits")

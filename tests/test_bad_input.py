@@ -43,6 +43,19 @@ def test_mixup_shapes_and_types() -> None:
         softce.cross_entropy(x, softce.Mixup(a, torch.tensor([0, 1, 2]), 0.5))
 
 
+def test_target_forms_take_tensors() -> None:
+    index = torch.tensor([[0], [1]])
+    for make, name in (
+        (lambda: softce.TopK([[0], [1]], torch.rand(2, 1)), "TopK: index"),  # type: ignore[arg-type]
+        (lambda: softce.TopK(index, [[0.5], [0.5]]), "TopK: prob"),  # type: ignore[arg-type]
+        (lambda: softce.Mixup([0, 1], index[:, 0], 0.5), "Mixup: target_a"),  # type: ignore[arg-type]
+        (lambda: softce.Mixup(index[:, 0], [0, 1], 0.5), "Mixup: target_b"),  # type: ignore[arg-type]
+        (lambda: softce.Teacher([[0.5, 0.5]]), "Teacher: logits"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be Tensor, not list"):
+            make()
+
+
 @pytest.mark.parametrize("bad", [3, -3])
 def test_class_out_of_range_is_an_index_error(bad: int, options: softce.Options) -> None:
     x = torch.randn(2, 3, requires_grad=True)

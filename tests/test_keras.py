@@ -112,6 +112,16 @@ def test_binary_equals_keras(smoothing: float, from_logits: bool, reduction: str
     _compare(ours, own, torch.rand(N), y_pred[:, :1])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_binary_of_sure_half_precision_probabilities(dtype: str) -> None:
+    """1 - 1e-7 is 1 in half precision: the clipping must not be done in it."""
+    p, y = torch.tensor([[0.0, 1.0, 0.25]]), torch.tensor([[1.0, 0.0, 1.0]])
+    want = keras.losses.BinaryCrossentropy()(y, p)
+    found = losses.BinaryCrossentropy(dtype=dtype)(y, p)
+    assert keras.backend.standardize_dtype(found.dtype) == dtype
+    torch.testing.assert_close(found.float(), want, rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [

@@ -144,6 +144,19 @@ def test_a_callable_of_ones_own(options: softce.Options) -> None:
     assert torch.autograd.gradcheck(lambda x: softce.cross_entropy(x, y, row_loss=phi, options=options), (x,))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_callable_must_return_one_loss_a_row(reduction: str, options: softce.Options) -> None:
+    x, y = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, -100, 3])
+    for phi, kind, message in (
+        (lambda loss: loss.sum(), ValueError, r"one loss a row, of shape \[4\], got shape \[\]"),
+        (lambda loss: loss[:, None], ValueError, r"got shape \[4, 1\]"),
+        (lambda loss: None, TypeError, "must return a Tensor, not NoneType"),
+        (softce.Focal, TypeError, r"got the class: pass Focal\(..\)"),
+    ):
+        with pytest.raises(kind, match=message):
+            softce.cross_entropy(x, y, row_loss=phi, reduction=reduction, options=options)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("form", ["indices", "weighted indices", "probs", "mixup", "topk", "teacher"])
 def test_focal_alpha_for_each_class(form: str, reduction: str, options: softce.Options) -> None:

@@ -23,6 +23,7 @@ except ImportError as error:
 
 from ..binary import binary_cross_entropy_with_logits
 from ..functional import cross_entropy
+from ..ops import acc_dtype
 from ..probs import EPSILON, clipped_probabilities
 from ..targets import ClassProbabilities
 
@@ -239,9 +240,10 @@ class BinaryCrossentropy(_CrossEntropy):
         else:
             if self.label_smoothing:
                 y_true = y_true * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
-            p = torch.clamp(y_pred, EPSILON, 1.0 - EPSILON)
+            # In half precision 1 - EPSILON would be 1, and its loss infinite.
+            p = torch.clamp(y_pred.to(acc_dtype(y_pred.dtype)), EPSILON, 1.0 - EPSILON)
             each = -(y_true * torch.log(p) + (1.0 - y_true) * torch.log1p(-p))
-        return each.mean(self.axis)
+        return each.mean(self.axis).to(y_pred.dtype)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "label_smoothing": self.label_smoothing}
