@@ -203,11 +203,12 @@ def _by_class(
 def fold_factor(factor: Tensor, call: Call, rows: Tensor | None, reduction: str) -> tuple[Tensor, str]:
     """Row weights that hold ``factor``, ``(R,)``, and the reduction that goes with them.
 
-    The factor is no part of a mean's denominator, so a mean becomes a sum of rows that are already divided by it.
+    The factor is no part of a mean's denominator, so a mean becomes a sum of rows that are already divided by it. Of
+    no rows that sum would be 0: there it stays a mean.
     """
     if rows is not None:
         factor = factor * rows
-    if reduction != "mean":
+    if reduction != "mean" or factor.shape[0] == 0:
         return factor, reduction
     count = counts(call.target, call.ignore_index, factor)
     total = (count if rows is None else count * rows).sum()

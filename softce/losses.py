@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,11 +92,13 @@ def kl_div_loss(
         logp = torch.log_softmax(input.to(acc), 1 if input.dim() > 1 else 0)
         each = nn.functional.kl_div(logp, target.to(acc), reduction="none")
         return each.to(default_loss_dtype(dtype, input.device.type))
-    scale = 1.0
+    count = 1
     if reduction == "batchmean" and input.dim() > 1:
-        scale = 1.0 / max(1, input.shape[0])
+        count = input.shape[0]
     elif reduction == "mean":
-        scale = 1.0 / max(1, input.numel())
+        count = input.numel()
+    # Of nothing the sum is 0, and dividing it by 0 gives nan unless the caller wants 0.
+    scale = 1.0 / count if count else 1.0 if arguments.get("empty") == "zero" else math.nan
     loss = cross_entropy(
         input,
         _Divergence(as_target(input, target), scale),

@@ -183,7 +183,7 @@ class Poly1(RowLoss):
     phi = PHI_POLY1
 
     def __post_init__(self) -> None:
-        _range("Poly1", "epsilon", self.epsilon, math.isfinite(self.epsilon), "a finite number")
+        _range("Poly1", "epsilon", self.epsilon, -math.inf < self.epsilon < math.inf, "a finite number")
 
     def parameters(self) -> tuple[float, float]:
         return float(self.epsilon), 0.0

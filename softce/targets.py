@@ -199,9 +199,9 @@ class TopK(Target):
         if self.index.dtype != torch.int64:
             raise RuntimeError(f"TopK: expected index of dtype torch.int64, got {self.index.dtype}")
         _check_float("TopK.prob", self.prob, "teacher probabilities")
-        if self.index.shape != self.prob.shape or self.index.dim() == 0:
+        if self.index.shape != self.prob.shape or self.index.dim() == 0 or self.index.shape[-1] == 0:
             raise RuntimeError(
-                f"TopK: expected index and prob of one shape (..., K), got {list(self.index.shape)} and "
+                f"TopK: expected index and prob of one shape (..., K) with K > 0, got {list(self.index.shape)} and "
                 f"{list(self.prob.shape)}"
             )
 

@@ -45,6 +45,8 @@ def test_mixup_shapes_and_types() -> None:
 
 def test_target_forms_take_tensors() -> None:
     index = torch.tensor([[0], [1]])
+    with pytest.raises(RuntimeError, match=r"TopK: .* with K > 0, got \[2, 0\]"):
+        softce.TopK(index[:, :0], torch.rand(2, 0))
     for make, name in (
         (lambda: softce.TopK([[0], [1]], torch.rand(2, 1)), "TopK: index"),  # type: ignore[arg-type]
         (lambda: softce.TopK(index, [[0.5], [0.5]]), "TopK: prob"),  # type: ignore[arg-type]

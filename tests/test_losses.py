@@ -87,6 +87,18 @@ def test_kl_div_from_every_form(form: str, smoothing: float, weighted: bool, opt
         )
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0)])
+def test_kl_div_of_nothing(shape: tuple[int, ...], reduction: str) -> None:
+    x, t = torch.zeros(shape, requires_grad=True), torch.zeros(shape)
+    loss = softce.kl_div_loss(x, t, reduction=reduction)
+    torch.testing.assert_close(loss, F.kl_div(x, t, reduction=reduction), equal_nan=True)
+    loss.sum().backward()
+    if reduction != "none":
+        assert softce.kl_div_loss(x, t, reduction=reduction, empty="zero").item() == 0.0
+
+
 def test_kl_div_of_ignored_rows_and_bad_arguments() -> None:
     x, y = torch.randn(3, 4, dtype=torch.float64), torch.tensor([1, -100, 2])
     rows = softce.kl_div_loss(x, y, reduction="row", label_smoothing=0.1)

@@ -216,6 +216,12 @@ def test_focal_alpha_edges(options: softce.Options) -> None:
     assert isinstance(nothing, Tensor) and nothing.isnan()
     zero = softce.cross_entropy(x, y, row_loss=softce.Focal(2.0, alpha), empty="zero", options=options)
     assert isinstance(zero, Tensor) and zero.item() == 0.0
+    rows = torch.randn(0, 4, requires_grad=True)
+    for reduction, want in (("mean", math.nan), ("sum", 0.0)):
+        loss = softce.cross_entropy(
+            rows, y[:0], row_loss=softce.Focal(2.0, alpha), reduction=reduction, options=options
+        )
+        torch.testing.assert_close(loss, torch.tensor(want), equal_nan=True)
     with pytest.raises(ValueError, match="4 classes, got 3"):
         softce.cross_entropy(
             x, torch.zeros(3, dtype=torch.int64), row_loss=softce.Focal(2.0, alpha[:3]), options=options
