@@ -68,11 +68,16 @@ def _cross_entropy_loss(
     return loss
 
 
+def _forget_dispatch() -> None:
+    """Tracers look an operator's kernels up once and keep what they found: it is not true any more."""
+    torch.ops.aten.cross_entropy_loss.default._dispatch_cache.clear()
+
+
 def install() -> None:
     """Run every ``F.cross_entropy`` and ``nn.CrossEntropyLoss`` of this process on softce, other libraries' included.
 
     What softce has no kernel for (a device, a dtype, a transform) goes to torch's own implementation. Calling it twice
-    is the same as once.
+    is the same as once. Functions that ``torch.compile`` compiled before keep what they were compiled to.
     """
     global _installed
     if _installed is not None:
@@ -84,6 +89,7 @@ def install() -> None:
         warnings.filterwarnings("ignore", message=".*Warning only once for all operators", category=UserWarning)
         for key in _KEYS:
             library.impl("cross_entropy_loss", _cross_entropy_loss, key)
+    _forget_dispatch()
     _installed = library
 
 
@@ -92,6 +98,7 @@ def uninstall() -> None:
     global _installed
     if _installed is not None:
         _installed._destroy()
+        _forget_dispatch()
         _installed = None
 
 

@@ -266,37 +266,44 @@ def test_errors_are_torchs_types() -> None:
 # ---- torch.compile ----
 
 
-COMPILED = """
-import torch
-import torch.nn.functional as F
-from checks import kernel_calls
-import softce
-
-torch.manual_seed(1)
-x, y = torch.randn(4, 5, requires_grad=True), torch.tensor([0, -100, 4, 2])
-model = torch.nn.Linear(5, 7)
-want = F.cross_entropy(model(x), y)
-(want_grad,) = torch.autograd.grad(want, x)
-with softce.installed():
-    compiled = torch.compile(lambda x: F.cross_entropy(model(x), y), backend="aot_eager", fullgraph=True)
-    loss = compiled(x)
-    torch.testing.assert_close(loss, want)
-    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], want_grad)
-    with kernel_calls() as calls:
-        compiled(x).backward()
-    assert calls, "the kernels are not in the graph"
-torch.testing.assert_close(compiled(x), want)
-print("compiled")
-"""
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
-def test_compile_with_it_installed() -> None:
-    """The kernels are in the graph; what was compiled before keeps working. In a process without compiled graphs."""
-    here = str(Path(__file__).parent)
-    path = os.pathsep.join(filter(None, (here, str(Path(here).parent), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "compiled" in done.stdout, done.stderr
+def compiled_loss(model: nn.Module) -> Any:
+    return torch.compile(lambda x: F.cross_entropy(model(x), Y), backend="aot_eager", fullgraph=True)
+
+
+def test_compile_with_it_installed(_fresh_compiler: None) -> None:
+    """The kernels are in the graph; what was compiled before keeps working."""
+    x = X.clone().requires_grad_()
+    model = nn.Linear(5, 7)
+    want = F.cross_entropy(model(x), Y)
+    (want_grad,) = torch.autograd.grad(want, x)
+    with softce.installed():
+        compiled = compiled_loss(model)
+        loss = compiled(x)
+        torch.testing.assert_close(loss, want)
+        torch.testing.assert_close(torch.autograd.grad(loss, x)[0], want_grad)
+        assert ran(lambda: compiled(x).backward())
+    torch.testing.assert_close(compiled(x), want)
+
+
+def test_graphs_follow_in_and_out(_fresh_compiler: None) -> None:
+    """What a tracer found while it was out is not what runs once it is in, nor the other way round."""
+    x = X.clone().requires_grad_()
+    for _ in range(2):
+        for inside in (False, True):
+            torch._dynamo.reset()
+            if inside:
+                softce.install()
+            compiled = compiled_loss(nn.Linear(5, 7))
+            compiled(x).backward()
+            assert ran(lambda: compiled(x).backward()) == inside  # noqa: B023
+            softce.uninstall()
 
 
 # ---- a script that knows nothing of it ----
