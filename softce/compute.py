@@ -22,7 +22,7 @@ from .reduction import reduce_rows
 from .row_losses import RowLoss, without_factor
 from .settings import FLOATS, Stats, cached_spec, default_loss_dtype, make_spec
 from .target_rows import class_factor_rows, counts, target_entropy
-from .targets import ClassProbabilities, Target
+from .targets import ClassIndices, ClassProbabilities, Target
 
 
 class Request(NamedTuple):
@@ -135,6 +135,8 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
         raise
     if target.dense is not None and ask.options.validate:
         validate.find_nan(loss, target.dense)
+    if layout.classes == 0 and ask.label_smoothing > 0.0 and isinstance(form, ClassIndices) and ask.empty == "nan":
+        loss = loss * torch.nan  # torch's smooth term is 0 times e / 0, in ignored rows too
     if reduction == "none":
         loss = loss.reshape(layout.row_shape)
     if loss.dtype is not loss_dtype:

@@ -96,7 +96,7 @@ def cross_entropy(
 
     Warns:
         UserWarning: on CPU, an input that looks like the output of a softmax, class probabilities that are negative or
-            nan, and a negative ``label_smoothing``, which is taken as 0 as in torch.
+            nan, and a ``label_smoothing`` that is negative or nan, which is taken as 0 as in torch.
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -144,7 +144,7 @@ def cross_entropy(
 
 
 def _check_values(input: Tensor, form: Target, label_smoothing: float, from_probs: bool) -> None:
-    if label_smoothing < 0.0:
+    if not label_smoothing >= 0.0:
         message = f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}: taken as 0, as torch does"
         warnings.warn(message, stacklevel=3)
     if from_probs:

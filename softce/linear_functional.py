@@ -125,7 +125,7 @@ def linear_cross_entropy(
     form = rows.form(target, linear_weight.shape[0], weight, ignore_index)
     rows.check_row_weight(row_weight)
     if options.validate:
-        if label_smoothing < 0.0:
+        if not label_smoothing >= 0.0:
             warnings.warn(f"label_smoothing must be in [0, 1], got {label_smoothing}: taken as 0", stacklevel=2)
         form.check_values()
     return loss_of(map, form, rows, weight, ask)

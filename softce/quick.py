@@ -50,7 +50,9 @@ def quick_loss(
     ):
         return None
     rows, classes = input.shape
-    if target.shape != (rows,) or input.stride(1) != 1 or target.stride(0) != 1 or not use_kernel(input, DEFAULT):
+    if target.shape != (rows,) or classes == 0 or input.stride(1) != 1 or target.stride(0) != 1:
+        return None
+    if not use_kernel(input, DEFAULT):
         return None
     check_logits(input)
     spec = cached_spec(classes, label_smoothing, *settings, None, 0, 1.0, 1.0, empty)

@@ -82,46 +82,42 @@ def row_stats(
     lse = shifted_lse + top
 
     weight = target.weight
+    best = None
     if target.index is not None:
+        assert valid is not None
         padding = target.index == ignore_index
-        index = torch.where(padding, 0, target.index)
+        # Of no classes every entry is out of range but padding, and gather and scatter say so.
+        index = torch.where(padding, 0, target.index) if classes else (~padding).long()
         value = torch.ones((), dtype=acc, device=x.device) if target.value is None else target.value
         value = torch.where(padding, 0.0, value)
-        # Of no classes every entry is out of range but padding, and gather says so.
-        picked = torch.gather(y if classes else y.new_zeros(len(y), 1), 1, index if classes else (~padding).long())
-        entry = spec.mix_a * value
-        if weight is not None:
-            entry = entry * weight[index] if classes else entry
-        mass, dot = entry.sum(1), _dot(entry, picked)
-        every = spec.mix_b if target.rest is None else spec.mix_a * target.rest + spec.mix_b
-        if target.rest is not None or spec.mix_b:
-            every_class = torch.as_tensor(every, dtype=acc, device=x.device).expand(x.shape[0])[:, None]
-            q = every_class.expand(x.shape) if weight is None else every_class * weight
-            mass, dot = mass + q.sum(1), dot + _dot(q, y)
-        plain_indices = target.value is None and index.shape[1] == 1
-        assert valid is not None
-        count = weight[index[:, 0]] if plain_indices and weight is not None and classes else torch.ones_like(lse)
+        best = _argmax_sparse(index, value) if extras else None
+        some = y if classes else y.new_zeros(y.shape[0], 1)
+        single = index.shape[1] == 1
+        of_entry = weight[index] if weight is not None and classes and single else None
+        plain_indices = target.value is None and single
+        count = torch.ones_like(lse) if of_entry is None or not plain_indices else of_entry[:, 0]
         count = torch.where(valid, count, 0.0)
+        if single and target.rest is None and not spec.mix_b:  # no need for C weights a row
+            t, weight, y_of_t = value, of_entry, torch.gather(some, 1, index)
+        else:
+            t, y_of_t = torch.zeros_like(some).scatter_add(1, index, value)[:, :classes], y
+            t = t if target.rest is None else t + target.rest[:, None]
     else:
-        t = dense_target(target, spec, acc)
-        q = spec.mix_a * t + spec.mix_b
-        q = q if weight is None else q * weight
-        mass, dot = q.sum(1), _dot(q, y)
+        t, y_of_t = dense_target(target, spec, acc), y
         count = torch.ones_like(lse) if classes else torch.zeros_like(lse)  # numel / C rows: 0 / 0 of no classes
 
+    # Smoothing and weights come class by class: terms of opposite sign would not cancel where y is -inf.
+    q = spec.mix_a * t + spec.mix_b
+    q = q if weight is None else q * weight
+    mass, dot = q.sum(1), _dot(q, y_of_t)
     loss = mass * shifted_lse - dot
     if spec.z_loss:
         loss = loss + spec.z_loss * lse * lse
     rows = [loss, lse, mass, count]
     if extras:
         p = torch.exp(y - shifted_lse[:, None])
-        if target.index is not None:
-            logp = _dot(value, picked) - value.sum(1) * shifted_lse
-            if target.rest is not None:
-                logp = logp + _dot(target.rest[:, None].expand(y.shape), y) - target.rest * classes * shifted_lse
-            best = _argmax_sparse(index, value)
-        else:
-            logp, best = _dot(t, y) - t.sum(1) * shifted_lse, t.detach().argmax(1)
+        logp = _dot(t, y_of_t) - t.sum(1) * shifted_lse
+        best = t.detach().argmax(1) if best is None else best
         correct = (y.detach().argmax(1) == best).to(acc)
         rows += [logp, shifted_lse - _dot(p, y), correct]
     if valid is not None:

@@ -58,10 +58,10 @@ def make_spec(
         if value is None or isinstance(value, (str, bytes, Tensor)):
             raise TypeError(f"cross_entropy: {name} must be float, not {type(value).__name__}")
     e = label_smoothing
-    if e > 1.0 or e != e:
+    if e > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {e}")
     if not e >= 0.0:
-        e = 0.0  # as torch does
+        e = 0.0  # nan too, as torch does
     if smoothing not in ("uniform", "others"):
         raise ValueError(f"smoothing must be 'uniform' or 'others', got {smoothing!r}")
     if not 0.0 < temperature < math.inf:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import softce
 from softce import _library, backends
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
@@ -108,3 +110,17 @@ def kernel_calls() -> Iterator[KernelCalls]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield calls
     calls.read(profile)
+
+
+def assert_same_as_torch(input: Tensor, target: Tensor, backend: str = "auto", **kwargs: Any) -> None:
+    """Loss and gradient equal torch's: dtype and shape exactly, values to the rounding of two ways to compute them."""
+    want_loss, want_grad = run(F.cross_entropy, input, target, **kwargs)
+    got_loss, got_grad = run(softce.cross_entropy, input, target, options=softce.Options(backend=backend), **kwargs)
+    if backend == "cpu":  # a call without options has a shorter way to the same kernels
+        quick_loss, quick_grad = run(softce.cross_entropy, input, target, **kwargs)
+        assert same(quick_loss, got_loss) and same(quick_grad, got_grad)
+    assert got_loss.dtype == want_loss.dtype
+    assert got_loss.shape == want_loss.shape
+    tolerance = 32 * EPS[input.dtype]
+    torch.testing.assert_close(got_loss, want_loss, rtol=tolerance, atol=tolerance, equal_nan=True)
+    torch.testing.assert_close(got_grad, want_grad, rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -358,7 +358,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "z_loss nan": ({"z_loss": math.nan}, ValueError, "z_loss"),
     "z_loss infinite": ({"z_loss": math.inf}, ValueError, "z_loss"),
     "empty": ({"empty": "none"}, ValueError, "empty must be 'nan' or 'zero', got 'none'"),
-    "label_smoothing nan": ({"label_smoothing": math.nan}, RuntimeError, "label_smoothing"),
     "row_weight shape": ({"row_weight": torch.rand(4)}, ValueError, r"row_weight must have shape \[3\], got \[4\]"),
     "row_weight 2d": ({"row_weight": torch.rand(3, 1)}, ValueError, "row_weight"),
     "row_weight type": ({"row_weight": [1.0, 1.0, 1.0]}, TypeError, "row_weight must be Tensor"),

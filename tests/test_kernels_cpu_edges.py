@@ -19,6 +19,7 @@ from kernel_truth import (
     fused_of,
     isa,
     logits_for,
+    opposed,
     rows_of,
     spec_for,
     stats_of,
@@ -100,6 +101,29 @@ def test_no_weight_on_a_masked_class(isa: str, layout: str, dtype: torch.dtype) 
     index = torch.zeros(4, 1, dtype=torch.int64)
     check(x, KernelTarget(index=index, weight=weight), Spec(mix_a=0.9, mix_b=0.01))
     check(x, KernelTarget(dense=dense, weight=weight), Spec(mix_a=0.9, mix_b=0.01))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_masked_class_whose_weight_has_parts_of_both_signs(
+    isa: str, kind: str, layout: str, dtype: torch.dtype
+) -> None:
+    """Only their sum counts: 0 * (-inf) is 0, and what is left over has one infinity."""
+    x, rows = edge_logits(layout, 7, dtype)
+    rows[1::2, 3] = -INF
+    rows[3] += 80.0  # its maximum is taken off before exp
+    weight = torch.rand(x.shape[1], dtype=ops.acc_dtype(dtype)) + 0.5
+    row_weight = torch.arange(7, dtype=ops.acc_dtype(dtype))
+    for e in (0.0, 0.125, -0.0625):
+        target, spec = opposed(kind, x, e)
+        masked = stats_of(x, target, spec)[LOSS, 1::2]
+        infinite = INF if e > 0 else -INF
+        assert bool((masked.isfinite() if e == 0 else masked == infinite).all()), f"{e}: {masked}"
+        check(x, target, spec)
+        check(x, target, spec, extras=True)
+        check(x, target, spec._replace(z_loss=0.01), row_weight=row_weight)
+        check(x, target._replace(weight=weight), spec)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

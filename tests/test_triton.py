@@ -68,6 +68,7 @@ else:
     import torch
     from cases import Case, cases
     from checks import EPS, assert_rounded_once, run, same
+    from kernel_truth import Truth, assert_gradient, assert_stats, opposed
     from torch import Tensor
 
     import softce
@@ -271,6 +272,24 @@ else:
         assert stats[0, 1] == inf and stats[1, 2] == -inf and stats[:, 5].eq(0).all() and loss.isnan()
         assert dlogits.isnan().all(1).tolist() == [False, False, True, True, True, False, False]
         assert dlogits[5].eq(0).all() and dlogits[[0, 1, 6]].isfinite().all()
+
+    @pytest.mark.parametrize("config", [Config(4, 16, 4), Config(2, 8, 4)], ids=lambda c: f"{c.rows}x{c.block}")
+    @pytest.mark.parametrize("kind", ["indices", "topk", "probs", "teacher"])
+    def test_a_masked_class_whose_weight_has_parts_of_both_signs(kind: str, config: Config) -> None:
+        """Only their sum counts: 0 * (-inf) is 0, and what is left over has one infinity."""
+        x = torch.randn(4, 12)
+        x[1:3, 3] = -torch.inf
+        for e, infinite in ((0.0, None), (0.125, torch.inf), (-0.0625, -torch.inf)):
+            target, spec = opposed(kind, x, e)
+            truth = Truth(x, target, spec)
+            with triton_configs.forced(config):
+                loss, dlogits, stats = ops.row_fused(x, *target, None, -100, list(spec), True, True)
+            masked = stats[ops.LOSS, 1:3]
+            assert bool((masked.isfinite() if infinite is None else masked == infinite).all()), f"{e}: {masked}"
+            want_loss, want, push = truth.fused(None, True)
+            assert_stats(stats, truth, x.dtype, "stats")
+            assert_gradient(dlogits, want, "dlogits", push)
+            torch.testing.assert_close(loss.double(), want_loss, rtol=1e-6, atol=1e-6)
 
     @pytest.mark.parametrize("bad", [-1, 50, 2**40])
     @pytest.mark.parametrize("entries", [1, 3])

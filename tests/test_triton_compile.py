@@ -142,10 +142,18 @@ def target_of(form: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Ke
         "sparse": (KernelTarget(index), Spec()),
         "topk": (KernelTarget(meta(rows, 32, dtype=torch.int64), meta(rows, 32, dtype=acc)), Spec()),
         "uniform": (KernelTarget(index), Spec(**smoothed)),
+        "rest": (
+            KernelTarget(meta(rows, 32, dtype=torch.int64), meta(rows, 32, dtype=acc), meta(rows, dtype=acc)),
+            Spec(**smoothed),
+        ),
         "weighted": (KernelTarget(index, weight=weight), Spec(**smoothed)),
         "dense": (KernelTarget(dense=meta(*shape, dtype=dtype)), Spec(**smoothed)),
         "weighted_dense": (KernelTarget(dense=meta(*shape, dtype=acc), weight=weight), Spec(**smoothed)),
         "teacher": (KernelTarget(dense=meta(*shape, dtype=dtype)), Spec(dense_kind=DENSE_LOGITS)),
+        "opposed_teacher": (
+            KernelTarget(dense=meta(*shape, dtype=dtype), weight=weight),
+            Spec(dense_kind=DENSE_LOGITS, mix_a=-0.1, mix_b=0.1),
+        ),
         "weighted_teacher": (
             KernelTarget(dense=meta(*shape, dtype=dtype), weight=weight),
             Spec(dense_kind=DENSE_LOGITS, **smoothed),
@@ -164,9 +172,9 @@ def target_of(form: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Ke
 
 FORMS = {
     configs.SPARSE: ("sparse", "topk"),
-    configs.UNIFORM: ("uniform", "weighted"),
+    configs.UNIFORM: ("uniform", "weighted", "rest"),
     configs.DENSE: ("dense", "weighted_dense"),
-    configs.HEAVY: ("teacher", "weighted_teacher", "softcap", "softcap_dense", "softcap_teacher"),
+    configs.HEAVY: ("teacher", "weighted_teacher", "opposed_teacher", "softcap", "softcap_dense", "softcap_teacher"),
     configs.EXTRAS: ("sparse", "weighted", "weighted_dense", "softcap_teacher"),
 }
 
@@ -231,6 +239,10 @@ ENTRIES = [
 OTHERS = [
     Variant("row_fused", (8192, 128256), BF16, "topk"),
     Variant("row_fused", (8192, 16384), BF16, "weighted"),
+    *(Variant("row_fused", (8192, classes), BF16, "rest") for classes in (16, 1024, 4096, 16384, 128256)),
+    Variant("row_fused", (8, 1024, 4096), F32, "rest"),
+    Variant("row_fused", (8192, 4096), F32, "rest", True),
+    Variant("row_fused", (8192, 4096), F32, "opposed_teacher"),
     Variant("row_fused", (8192, 128256), BF16, "weighted_dense"),
     Variant("row_fused", (8192, 128256), F32, "softcap_teacher"),
     Variant("row_fused", (8192, 32768), F64, "softcap_dense"),

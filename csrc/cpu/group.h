@@ -137,7 +137,12 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, Sc
       store_doubles(rounded, shift + log_or_nan(e));
       a *= doubles(rounded) == given ? 1.0 / e : exp.exp(power > 700.0 ? splat(700.0) : power);
     } else {
-      const F64V log_e = log_or_nan(e), lse = shift + log_e, loss = mass * log_e - dot;
+      const F64V log_e = log_or_nan(e), lse = shift + log_e;
+      for (int j = 0; any_nan(dot) && j < kStep; ++j) {
+        if (dot[j] == dot[j] || lse[j] != lse[j] || alive[j] == 0) continue;
+        dot[j] = dot_by_class(ctx, g.first + i + j, shift[j], spec.mix_a, spec.mix_b, true);
+      }
+      const F64V loss = mass * log_e - dot;
       F64V weighted = loss;
       pull = splat(call.factor);
       if (row_weight) {

@@ -234,6 +234,30 @@ inline double entry_y(const Context<A>& ctx, const char* x, int64_t c, const Ref
   return __builtin_log(e) + ref.power * kLn2;
 }
 
+// sum_c w_c (a t_c + b) y_c, class by class, y without the shift and w_c = 1 where not weighted. Taken apart, as the
+// sweeps do, a t_c y_c and b y_c may be infinities of different signs where y_c is -inf. Rows for which that happens
+// are rare.
+template <class A>
+__attribute__((noinline, cold)) double dot_by_class(const Context<A>& ctx, int64_t r, double shift, double a, double b,
+                                                    bool weighted) {
+  const char *x = ctx.x_row(r), *dense = ctx.dense_row(r);
+  const Block& block = ctx.target.dense;
+  const auto given = [&](int64_t c) { return element(dense, block.dtype, c * block.class_stride); };
+  double top = -__builtin_inf(), sum = 0;  // of the teacher
+  for (int64_t c = 0; ctx.teacher && c < ctx.classes; ++c) top = given(c) > top ? given(c) : top;
+  const auto teacher = [&](int64_t c) { return __builtin_exp((given(c) - top) * ctx.teacher_scale); };
+  for (int64_t c = 0; ctx.teacher && c < ctx.classes; ++c) sum += teacher(c);
+  double dot = 0;
+  for (int64_t c = 0; c < ctx.classes; ++c) {
+    double t = 0;
+    ctx.entries(r, [&](int64_t at, double value) { t += at == c ? value : 0; });
+    if (!ctx.sparse) t = ctx.teacher ? teacher(c) / sum : given(c);
+    const double q = (weighted ? ctx.weight_of(c) : 1.0) * (a * t + b);
+    if (q != 0) dot += q * (ctx.y_of(x, c) - shift);
+  }
+  return dot;
+}
+
 // From a whole row's sums to its statistics; the row is not an ignored one.
 template <class A>
 inline Finished finish(const Context<A>& ctx, int64_t r, const char* x, const Sums& sums, const Refs& refs) {
@@ -254,6 +278,7 @@ inline Finished finish(const Context<A>& ctx, int64_t r, const char* x, const Su
     if (q != 0) dot += q * entry_y(ctx, x, c, refs.x, log_e);
     if (!ctx.target.value && ctx.target.entries == 1) row.count = ctx.weight_of(c);
   });
+  if (dot != dot && log_e == log_e) dot = dot_by_class(ctx, r, shift, spec.mix_a, base, true);
   row.lse = shift + log_e;
   row.mass = mass;
   row.loss = ctx.classes == 0 ? 0.0 : mass * log_e - dot;
@@ -267,6 +292,7 @@ inline Finished finish(const Context<A>& ctx, int64_t r, const char* x, const Su
         t_sum += t;
         if (t != 0) t_dot += t * entry_y(ctx, x, c, refs.x, log_e);
       });
+      if (t_dot != t_dot && log_e == log_e) t_dot = dot_by_class(ctx, r, shift, 1.0, rest, false);
     }
     row.logp = t_dot - t_sum * log_e;
     row.entropy = log_e - sums.ey / sums.e;

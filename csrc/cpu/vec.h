@@ -100,6 +100,16 @@ SOFTCE_INLINE F32V fma(F32V a, F32V b, F32V c) { return a * b + c; }
 SOFTCE_INLINE F64V fma(F64V a, F64V b, F64V c) { return a * b + c; }
 #endif
 
+SOFTCE_INLINE bool any_nan(F64V v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask((__m512d)v, (__m512d)v, _CMP_UNORD_Q) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, (__m256d)v, _CMP_UNORD_Q)) != 0;
+#else
+  return v[0] != v[0] || v[1] != v[1];
+#endif
+}
+
 // Writes a vector past the caches; p is aligned to kVecBytes (half of it for HalfV).
 SOFTCE_INLINE void stream(void* p, F32V v) {
 #if defined(__AVX512F__)

@@ -123,6 +123,16 @@ def _spans_31_bits(tensor: Tensor | None) -> bool:
     return (tensor.shape[1] + configs.FEW_TILE) * tensor.stride(1) + tensor.shape[2] >= 2**31
 
 
+def opposed(target: KernelTarget, spec: Spec) -> bool:
+    """Whether a class's target weight may be the sum of parts of different signs.
+
+    Dense probabilities are put together by class in any case. A listed value is negative only beside a rest.
+    """
+    if target.dense is not None and spec.dense_kind != DENSE_LOGITS:
+        return False
+    return target.rest is not None or spec.mix_a * spec.mix_b < 0
+
+
 def problem(
     logits: Tensor, target: KernelTarget, ignore_index: int, spec: Spec, extras: bool = False, scale: float = 1.0
 ) -> Problem:
@@ -143,6 +153,7 @@ def problem(
         k.PLANES: planes,
         k.WIDE: _spans_31_bits(logits) or _spans_31_bits(dense),
         k.EMPTY_ZERO: bool(spec.empty_zero),
+        k.OPPOSED: opposed(target, spec),
     }
     if extras:
         form = configs.EXTRAS
@@ -177,6 +188,8 @@ def _run_rows(p: Problem, mode: Any, rows: Any, out: Tensor | None, phi: int = 0
 
     config, programs = launch_shape(p)
     flags = p.flags | (k.COEF_B.value if coef_b else 0)
+    if mode is k.GRAD:
+        flags &= ~k.OPPOSED.value
     if config.block >= p.sizes.classes:
         flags |= k.RESIDENT.value
     if programs < tiles_of(p, config):

@@ -113,6 +113,7 @@ RESIDENT = tl.constexpr(64)  # BLOCK >= C: the row stays on chip
 COEF_B = tl.constexpr(128)  # coef has a third row
 EMPTY_ZERO = tl.constexpr(256)  # a mean over a denominator of 0 is 0
 LOOP = tl.constexpr(512)  # fewer programs than tiles
+OPPOSED = tl.constexpr(1024)  # what makes up a class's target weight may differ in sign
 
 @triton.jit
 def addresses(spot, c, class_stride, FLAGS: tl.constexpr):
@@ -234,14 +235,20 @@ def gather(logits, target, place, v, sizes, FLAGS: tl.constexpr, ACC: tl.constex
 
 
 @triton.jit
+def entry_of(target, place, j, sizes, ACC: tl.constexpr):
+    """Class and value of each row's entry j, (ROWS, 1) each; the value is 0 where it is padding."""
+    at = place.row * sizes.entries + j
+    index = tl.load(target.index + at, mask=place.here, other=0)
+    return index, load_value(target, at, place.here & (index != sizes.ignore_index), ACC)
+
+
+@triton.jit
 def entry_totals(target, place, en, sizes, ACC: tl.constexpr):
     """(ROWS, K): the summed value of each entry's class, over all of the row's entries of that class."""
     total = tl.zeros_like(en.value)
     for j in range(sizes.entries):
-        at = place.row * sizes.entries + j
-        index = tl.load(target.index + at, mask=place.here, other=0)
-        used = place.here & (index != sizes.ignore_index)
-        total += tl.where(index == en.index, load_value(target, at, used, ACC), 0.0)
+        index, value = entry_of(target, place, j, sizes, ACC)
+        total += tl.where(index == en.index, value, 0.0)
     return total
 
 

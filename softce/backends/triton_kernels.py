@@ -29,6 +29,7 @@ from .triton_blocks import (
     FUSED,
     GRAD,
     LOOP,
+    OPPOSED,
     PLANES,
     RESIDENT,
     SOFTCAP,
@@ -45,7 +46,7 @@ from .triton_blocks import (
     readable,
 )
 from .triton_math import finite_or_zero, mul0, row_loss
-from .triton_sums import block_sums, row_sum, see_rows, see_tile
+from .triton_sums import block_sums, mend, see_rows, see_tile, weigh
 
 
 class Rows(NamedTuple):
@@ -173,32 +174,19 @@ def sweep_gradient(logits, out, target, place, counted, f, mark, v, classes, MAR
 
 
 @triton.jit
-def finish(seen, en, mark, place, counted, target, rows, v, sizes, per_row, MODE: tl.constexpr, PHI: tl.constexpr,
+def finish(seen, en, whole, place, counted, target, rows, v, sizes, per_row, MODE: tl.constexpr, PHI: tl.constexpr,
            FLAGS: tl.constexpr, ACC: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """From a row's sums to its statistics (stored), its share of the loss, and the coefficients of its gradient."""
     DENSE: tl.constexpr = target.dense is not None
     x = seen.sums
     r = seen.r
+    mass, dot = whole.mass, whole.dot
     dense_best = seen.dense_best
     shift = tl.log(x.s)
     lse = r + shift
     count = tl.full([1, 1], 1.0, ACC)
-    weights = x.q if target.weight is not None else count * sizes.classes  # of all classes
-    if DENSE:
-        mass, dot = x.q, x.qd
-        if TEACHER & FLAGS:
-            mass = v.mix_a * (count if target.weight is None else x.ew * mark.inv)
-            dot = v.mix_a * x.ed * mark.inv
-            if UNIFORM & FLAGS:
-                mass, dot = mass + v.mix_b * weights, dot + mul0(v.mix_b, x.qd)
-    else:
-        q = en.weight * (v.mix_a * en.value)
-        mass, dot = row_sum(q), row_sum(mul0(q, en.y - r))
-        if UNIFORM & FLAGS:
-            mass, dot = mass + mark.every * weights, dot + mul0(mark.every, x.qd)
-        mass = tl.where(en.wrong, float("nan"), mass)
-        if K == 1 and target.value is None:
-            count = en.weight
+    if not DENSE and K == 1 and target.value is None:
+        count = en.weight
     loss = mass * shift - dot + v.z_loss * lse * lse
 
     save(rows.stats, 0, loss, counted, place, sizes)
@@ -206,16 +194,9 @@ def finish(seen, en, mark, place, counted, target, rows, v, sizes, per_row, MODE
     save(rows.stats, 2, mass, counted, place, sizes)
     save(rows.stats, 3, count, counted, place, sizes)
     if EXTRAS & FLAGS:
-        if TEACHER & FLAGS:
-            logp = x.gd * mark.inv - shift
-        elif DENSE:
-            logp = x.gd - x.g * shift
-        else:
-            logp = row_sum(mul0(en.value, en.y - r)) - row_sum(en.value) * shift
-            if target.rest is not None:
-                rest = tl.load(target.rest + place.row, mask=place.here, other=0.0)
-                logp += mul0(rest, x.gd) - rest * sizes.classes * shift
+        if not DENSE:
             dense_best = entries_best(target, place, en, sizes, ACC, K)
+        logp = whole.given_dot - whole.given * shift
         save(rows.stats, 4, logp, counted, place, sizes)
         save(rows.stats, 5, shift - x.h / x.s, counted, place, sizes)
         save(rows.stats, 6, tl.where(seen.best == dense_best, 1.0, 0.0), counted, place, sizes)
@@ -299,7 +280,13 @@ def row_tile(i, logits, out, target, rows, v, per_row, sizes, MODE: tl.constexpr
     if MODE == GRAD:
         f = given_coefs(rows, place, counted, v, sizes, FLAGS)
     else:
-        f, share = finish(seen, en, mark, place, counted, target, rows, v, sizes, per_row, MODE, PHI, FLAGS, ACC, K)
+        whole = weigh(seen, en, mark, place, target, v, sizes, (EXTRAS & FLAGS) != 0, FLAGS)
+        if OPPOSED & FLAGS:
+            whole = mend(
+                whole, seen, mark, logits, target, place, counted, v, sizes, (EXTRAS & FLAGS) != 0, FLAGS, ACC, ROWS,
+                BLOCK,
+            )  # fmt: skip
+        f, share = finish(seen, en, whole, place, counted, target, rows, v, sizes, per_row, MODE, PHI, FLAGS, ACC, K)
 
     if MODE != STATS:
         # In place, a thread's gradient must not come before another's last look at the row.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_blocks import EXTRAS, GRAD, TEACHER, UNIFORM, Tile, load_t, load_tile, load_y, readable
+from .triton_blocks import EXTRAS, GRAD, TEACHER, UNIFORM, Tile, entry_of, load_t, load_tile, load_y, readable
 from .triton_math import finite_or_zero, mul0
 
 
@@ -43,6 +43,15 @@ class Seen(NamedTuple):
     rz: Any
     best: Any  # first argmax of y, and of a dense target
     dense_best: Any
+
+
+class Weighed(NamedTuple):
+    """Q, sum(q * (y - r)), and of the target as given, before smoothing and class weights; each field (ROWS, 1)."""
+
+    mass: Any
+    dot: Any
+    given: Any
+    given_dot: Any
 
 
 TOO_LARGE = tl.constexpr(1e20)
@@ -206,3 +215,92 @@ def see_rows(logits, target, place, counted, v, classes, MODE: tl.constexpr, FLA
             logits, target, place, counted, r, rz, v, classes, MODE, FLAGS, ACC, ROWS, BLOCK, STAGES
         )
     return Seen(x, r, rz, best, dense_best)
+
+
+@triton.jit
+def dot_by_class(logits, target, place, counted, r, rz, inv, v, sizes, WHOLE: tl.constexpr, FLAGS: tl.constexpr,
+                 ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """(ROWS, 1): sum(q * (y - r)) of a sparse target or a teacher, every q put together before it is multiplied.
+
+    Terms of one class that differ in sign would be infinities of both signs where y is -inf. Without WHOLE, the same
+    of the target as given, before smoothing and class weights.
+    """
+    DENSE: tl.constexpr = target.dense is not None
+    lanes = tl.zeros([ROWS, BLOCK], ACC)
+    for start in tl.range(0, sizes.classes, BLOCK):
+        c = start + tl.arange(0, BLOCK)[None, :]
+        here, ok = readable(c, sizes.classes, counted, place, FLAGS)
+        tile = load_tile(logits, target, place, c, here, ok, v, FLAGS, ACC, "evict_last")
+        t = tl.zeros_like(lanes)
+        if DENSE:
+            t += tl.exp(tile.t - rz) * inv
+        else:
+            if target.rest is not None:
+                t += tl.load(target.rest + place.row, mask=place.here, other=0.0)
+            for j in range(sizes.entries):
+                index, value = entry_of(target, place, j, sizes, ACC)
+                t += tl.where(index == c, value, 0.0)
+        q = (v.mix_a * t + v.mix_b) * tile.w if WHOLE else t
+        lanes += tl.where(ok, mul0(q, tile.y - r), 0.0)
+    return row_sum(lanes)
+
+
+@triton.jit
+def weigh(seen, en, mark, place, target, v, sizes, MORE: tl.constexpr, FLAGS: tl.constexpr):
+    """The row's target weights, from sums; with MORE also the target as given."""
+    x = seen.sums
+    none = tl.zeros_like(x.s)
+    weights = x.q if target.weight is not None else none + sizes.classes  # of all classes
+    given, given_dot = none, none
+    if target.dense is not None:
+        mass, dot = x.q, x.qd
+        if TEACHER & FLAGS:
+            mass = v.mix_a * (none + 1.0 if target.weight is None else x.ew * mark.inv)
+            dot = v.mix_a * x.ed * mark.inv
+            if UNIFORM & FLAGS:
+                mass, dot = mass + v.mix_b * weights, dot + mul0(v.mix_b, x.qd)
+        if MORE:
+            given, given_dot = (none + 1.0, x.gd * mark.inv) if TEACHER & FLAGS else (x.g, x.gd)
+    else:
+        q = en.weight * (v.mix_a * en.value)
+        mass, dot = row_sum(q), row_sum(mul0(q, en.y - seen.r))
+        if UNIFORM & FLAGS:
+            mass, dot = mass + mark.every * weights, dot + mul0(mark.every, x.qd)
+        mass = tl.where(en.wrong, float("nan"), mass)
+        if MORE:
+            given, given_dot = row_sum(en.value), row_sum(mul0(en.value, en.y - seen.r))
+            if target.rest is not None:
+                rest = tl.load(target.rest + place.row, mask=place.here, other=0.0)
+                given, given_dot = given + rest * sizes.classes, given_dot + mul0(rest, x.gd)
+    return Weighed(mass, dot, given, given_dot)
+
+
+@triton.jit
+def lost(dot, seen, counted):
+    """(ROWS, 1): infinities of both signs met in dot; nothing in the logits themselves makes it NaN."""
+    return counted & (dot != dot) & (seen.sums.s > 0)
+
+
+@triton.jit
+def mend(whole, seen, mark, logits, target, place, counted, v, sizes, MORE: tl.constexpr, FLAGS: tl.constexpr,
+         ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Another sweep where terms of different signs met a logit of -inf, which is rare.
+
+    It takes few classes at a time: the row may be held in registers meanwhile.
+    """
+    FEW: tl.constexpr = BLOCK if ROWS * BLOCK <= 256 else (256 // ROWS if ROWS < 256 else 1)
+    mass, dot, given, given_dot = whole.mass, whole.dot, whole.given, whole.given_dot
+    again = lost(dot, seen, counted)
+    if tl.max(tl.max(again.to(tl.int32), axis=1), axis=0) > 0:
+        exact = dot_by_class(
+            logits, target, place, counted, seen.r, seen.rz, mark.inv, v, sizes, True, FLAGS, ACC, ROWS, FEW
+        )
+        dot = tl.where(again, exact, dot)
+    if MORE:
+        again = lost(given_dot, seen, counted)
+        if tl.max(tl.max(again.to(tl.int32), axis=1), axis=0) > 0:
+            exact = dot_by_class(
+                logits, target, place, counted, seen.r, seen.rz, mark.inv, v, sizes, False, FLAGS, ACC, ROWS, FEW
+            )
+            given_dot = tl.where(again, exact, given_dot)
+    return Weighed(mass, dot, given, given_dot)
