@@ -11,6 +11,7 @@ import torch
 
 from . import _library, backends
 from ._version import __version__
+from .backends import gpu
 
 
 def collect() -> dict[str, Any]:
@@ -35,6 +36,7 @@ def collect() -> dict[str, Any]:
         "instruction_sets": _library.isa_report() if compiled["usable"] else {},
         "instruction_set": _library.isa_chosen() if compiled["usable"] else None,
         "backends": {name: backends.unavailable(name) for name in backends.NAMES},
+        "gpu_calls": {name: gpu.calls_taken(name) for name in gpu.NAMES},
         "pool": softce_pool(),
     }
 
@@ -68,6 +70,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     for name, reasons in facts["backends"].items():
         lines.append((name, "cannot run: " + reasons[0] if reasons else "usable"))
         lines += [("", reason) for reason in reasons[1:]]
+        if name in facts["gpu_calls"]:
+            lines.append(("", f"{'would take' if reasons else 'takes'} {facts['gpu_calls'][name]}"))
     pool = facts["pool"]
     if pool:
         lines += [

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import linear, ops, reference
 from .autograd import _batched
 from .backends.gpu import scale_
-from .linear import Tensors, Work
+from .linear_inputs import Tensors, Work
 from .ops import COUNT, LOSS, KernelTarget, Spec, acc_dtype
 from .reduction import reduce_rows
 from .row_losses import phi_of

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import linear, linear_autograd, validate
+from . import linear_autograd, validate
 from .autograd import Call, transform_active
 from .compute import Request, fold_factor, reduced
 from .dispatch import _TRACED, PLAIN, is_plain, use_kernel
 from .layout import Layout
-from .linear import Tensors, Work
+from .linear_inputs import Tensors, Work, check_index
 from .linear_plan import work_dtype
 from .linear_rows import plain_target
 from .linear_targets import LinearTeacher, as_form
@@ -279,7 +279,7 @@ def _by_formula(tensors: Tensors, options: Options) -> bool:
 
 def _check_index(tensors: Tensors, ignore_index: int) -> None:
     if tensors.index is not None and validate.may_look(tensors.index):
-        linear.check_index(tensors.index, ignore_index, tensors.classes)
+        check_index(tensors.index, ignore_index, tensors.classes)
 
 
 def _flat_weights(row_weight: Tensor | None, rows: Rows, acc: torch.dtype) -> Tensor | None:

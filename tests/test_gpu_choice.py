@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softce import backends
+from softce import backends, info
 from softce.backends import gpu
 from softce.ops import KernelTarget, Spec
 
@@ -90,3 +90,29 @@ def test_reasons_here() -> None:
     for name in gpu.NAMES:
         assert backends.unavailable(name), name
     assert any("no GPU" in reason for reason in backends.unavailable("triton"))
+
+
+def test_info_says_who_takes_which_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line a backend, whether or not it can run here, and true of the choice."""
+    monkeypatch.delenv(gpu.VARIABLE, raising=False)
+
+    def told(name: str, reasons: list[str]) -> str:
+        monkeypatch.setitem(backends._reasons, name, reasons)
+        rows = [(label, value) for label, value in info._lines(info.collect())]
+        at = next(i for i, (label, _) in enumerate(rows) if label == name)
+        assert rows[at][1] == ("cannot run: no GPU" if reasons else "usable")
+        return rows[at + 1][1]
+
+    assert not gpu.FASTER
+    assert told("triton", []) == "takes every GPU call"
+    assert told("triton", ["no GPU"]) == "would take every GPU call"
+    assert told("cuda", ["no GPU"]).startswith("would take GPU calls that ask for it")
+    assert "nowhere measured to be faster" in told("cuda", [])
+    monkeypatch.setattr(gpu, "FASTER", (gpu.Faster("row_fused", (9, 0), torch.bfloat16, False, range(900, 1100)),))
+    assert "(row_fused, bfloat16, sparse, 900 to 1099 classes on sm_90)" in told("cuda", [])
+    assert told("triton", []) == "takes every GPU call but those measured to be faster in CUDA C++"
+    monkeypatch.setenv(gpu.VARIABLE, "cuda")
+    assert told("cuda", []) == f"takes every GPU call that it implements: {gpu.VARIABLE}=cuda"
+    assert told("triton", []).startswith("takes GPU calls that cuda does not implement")
+    monkeypatch.setenv(gpu.VARIABLE, "none")
+    assert "must be one of cuda, triton" in told("triton", [])

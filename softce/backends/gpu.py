@@ -43,6 +43,12 @@ class Faster(NamedTuple):
     dense: bool
     classes: range
 
+    def __str__(self) -> str:
+        major, minor = self.capability
+        target = "dense" if self.dense else "sparse"
+        classes = f"{self.classes[0]} to {self.classes[-1]} classes"
+        return f"{self.operator}, {str(self.dtype).removeprefix('torch.')}, {target}, {classes} on sm_{major}{minor}"
+
 
 # Made from `python -m bench.gpu`, which prints the entries. Empty: not measured yet, so Triton takes every call.
 FASTER: tuple[Faster, ...] = ()
@@ -111,6 +117,24 @@ def measured_faster(operator: str, logits: Tensor, dense: bool) -> bool:
         and logits.shape[1] in entry.classes
         for entry in FASTER
     )
+
+
+def calls_taken(name: str) -> str:
+    """Which GPU calls a backend takes where both can run, as ``softce info`` says it."""
+    try:
+        asked = asked_for()
+    except ValueError as error:
+        return f"none: {error}"
+    by_name = f"Options(backend={name!r}) or {VARIABLE}={name}"
+    if asked == name:
+        return f"every GPU call that it implements: {VARIABLE}={name}"
+    if asked is not None:
+        return f"GPU calls that {asked} does not implement, and those that ask for it with Options(backend={name!r})"
+    if name == "triton":
+        return "every GPU call" + (" but those measured to be faster in CUDA C++" if FASTER else "")
+    if FASTER:
+        return f"GPU calls measured to be faster than Triton's ({'; '.join(map(str, FASTER))}), and {by_name}"
+    return f"GPU calls that ask for it with {by_name}, or that Triton cannot run: nowhere measured to be faster yet"
 
 
 def reasons_against_cuda(operator: str, logits: Tensor, target: KernelTarget, spec: Spec, extras: bool) -> list[str]:
