@@ -208,7 +208,8 @@ class _Fused(torch.autograd.Function):
                     "softce: the gradient was written over the logits (Options(inplace=True)), so a second backward, "
                     "create_graph and gradients of the statistics have nothing left to read; use inplace=False for them"
                 )
-            return dlogits.mul_(g_loss), None
+            unscaled = not dlogits.is_cuda and g_loss is not None and g_loss.item() == 1.0
+            return dlogits if unscaled else dlogits.mul_(g_loss), None
         if not only_loss:
             return _vjp_by_statistics(ctx, g_loss, g_stats), None
         assert g_loss is not None

@@ -8,6 +8,8 @@ constexpr int64_t kChunk = 16 * kBlock;   // classes a task, where a row is shar
 constexpr int64_t kFewRows = 16;          // fewer rows than this are shared
 constexpr int64_t kTask = 1 << 15;        // elements a task, at least, where rows are dealt out
 constexpr int64_t kScratchRow = 1 << 18;  // elements of scratch for rows that are shared
+constexpr int kPrefetch = 8192;           // bytes that the prefetch runs ahead: memory's latency times its bandwidth,
+                                          // twice over, and a fourth of the smallest first-level cache
 constexpr int kPad = 64;                  // scratch behind a head or a tail
 
 template <class A>
@@ -18,19 +20,20 @@ struct Sweeps {
   int (*slot)(int) = nullptr;  // and where in there; null: the second sweep takes sparse entries itself
 };
 
-// How a row is cut: a head up to the first vector-aligned element of the output, then whole blocks. It depends on
-// shapes alone, so that results do not change with addresses or threads.
+// How a row is cut: a head, which may be empty, up to the first vector-aligned element of the output, then whole
+// blocks. It depends on shapes alone, so that results do not change with addresses or threads. A whole block lies in
+// scratch at the same place for every row.
 struct Cut {
   int64_t classes, head, blocks;
 
-  Cut(int64_t c, int64_t h) : classes(c), head(h < c ? h : c), blocks((head > 0) + (c - head + kBlock - 1) / kBlock) {}
-  int64_t begin(int64_t k) const { return head > 0 ? (k == 0 ? 0 : head + (k - 1) * kBlock) : k * kBlock; }
+  Cut(int64_t c, int64_t h) : classes(c), head(h < c ? h : c), blocks(1 + (c - head + kBlock - 1) / kBlock) {}
+  int64_t begin(int64_t k) const { return k == 0 ? 0 : head + (k - 1) * kBlock; }
   int64_t size(int64_t k) const {
-    const int64_t from = begin(k), to = head > 0 && k == 0 ? head : from + kBlock;
-    return (to < classes ? to : classes) - from;
+    const int64_t to = begin(k + 1);
+    return (to < classes ? to : classes) - begin(k);
   }
-  int64_t block_of(int64_t c) const { return head > 0 ? (c < head ? 0 : 1 + (c - head) / kBlock) : c / kBlock; }
-  int64_t offset(int64_t k) const { return head > 0 ? (k == 0 ? 0 : kPad + begin(k) - head) : begin(k); }
+  int64_t block_of(int64_t c) const { return c < head ? 0 : 1 + (c - head) / kBlock; }
+  static int64_t offset(int64_t k) { return k == 0 ? 0 : kPad + (k - 1) * kBlock; }
 };
 
 template <class Body>
@@ -80,9 +83,9 @@ struct Rows {
             cut.size(k),  e + at,           e + at + (ctx.teacher ? scratch_row() : 0)};
   }
 
-  // First sweep over blocks [from, to). refs: one a block, used by the second sweep; null for stats.
-  void first(int64_t r, const Cut& cut, int64_t from, int64_t to, A* e, Refs* refs, Sums& sums, Refs& at) const {
-    for (int64_t k = from; k < to; ++k) {
+  // First sweep over a block. refs: one a block, used by the second sweep; null for stats.
+  SOFTCE_INLINE void first(int64_t r, const Cut& cut, int64_t k, A* e, Refs* refs, Sums& sums, Refs& at) const {
+    if (cut.size(k) > 0) {
       const Piece<A> p = piece(r, cut, k, e);
       Refs now = at;
       Sums part = sweeps.first(ctx, p, now);
@@ -91,8 +94,8 @@ struct Rows {
       if (again || teacher_again) part = sweeps.first(ctx, p, now);
       absorb(sums, at, part, now);
       at = now;
-      if (refs) refs[k] = now;
     }
+    if (refs) refs[k] = at;
   }
 
   // Takes the sparse entries off scratch, where the second sweep then finds them.
@@ -124,15 +127,14 @@ struct Rows {
     }
   }
 
-  void second(int64_t r, const Cut& cut, int64_t from, int64_t to, A* e, const Refs* refs, const double* a,
-              const Refs& last, const Factors& f) const {
-    for (int64_t k = from; k < to; ++k) {
-      Factors mine = f;
-      mine.a = a[k];
-      mine.b = f.b * ratio(refs[k].x, last.x);
-      if (ctx.teacher) mine.slope = f.slope * ratio(refs[k].teacher, last.teacher);
-      sweeps.second(ctx, piece(r, cut, k, e), refs[k], mine, r);
-    }
+  SOFTCE_INLINE void second(int64_t r, const Cut& cut, int64_t k, A* e, const Refs* refs, const double* a,
+                            const Refs& last, const Factors& f) const {
+    if (cut.size(k) == 0) return;
+    Factors mine = f;
+    mine.a = a[k];
+    mine.b = f.b * ratio(refs[k].x, last.x);
+    if (ctx.teacher) mine.slope = f.slope * ratio(refs[k].teacher, last.teacher);
+    sweeps.second(ctx, piece(r, cut, k, e), refs[k], mine, r);
   }
 
   void block_factors(const Cut& cut, const Refs* refs, const Refs& last, const Factors& f, double* a) const {
@@ -167,34 +169,68 @@ struct Rows {
     return true;
   }
 
-  struct Space {  // one row's scratch
-    A* e;
+  struct Blocks {  // of a row, one of each a block
     Refs* refs;
     double* a;
+  };
+  struct Space {
+    A* e;
+    Blocks blocks[2];
   };
   int64_t block_count() const { return ctx.classes / kBlock + 3; }
   size_t space_bytes() const {
     const size_t row = size_t(scratch_row()) * sizeof(A) * (ctx.teacher ? 2 : 1);
-    return row + (size_t(block_count()) * (sizeof(Refs) + sizeof(double)) + 63) / 64 * 64;
+    return row + (2 * size_t(block_count()) * (sizeof(Refs) + sizeof(double)) + 63) / 64 * 64;
   }
   Space space(char* at) const {
+    const int64_t n = block_count();
     A* e = reinterpret_cast<A*>(at);
     Refs* refs = reinterpret_cast<Refs*>(e + scratch_row() * (ctx.teacher ? 2 : 1));
-    return {e, refs, reinterpret_cast<double*>(refs + block_count())};
+    double* a = reinterpret_cast<double*>(refs + 2 * n);
+    return {e, {{refs, a}, {refs + n, a + n}}};
   }
 
-  void one_row(int64_t r, const Space& s, double* loss) const {
-    const Cut cut = this->cut(r);
-    if (skip(r)) return;
-    Sums sums;
+  // A row after its first sweep.
+  struct Swept {
+    int64_t row = -1;
+    Cut cut{0, 0};
     Refs last;
     Factors f;
-    first(r, cut, 0, cut.blocks, s.e, ctx.call.op == Op::stats ? nullptr : s.refs, sums, last);
-    if (settle(r, cut, s.e, s.refs, sums, last, f, s.a, loss)) {
-      second(r, cut, 0, cut.blocks, s.e, s.refs, s.a, last, f);
-    } else if (ctx.call.op != Op::stats) {
-      zero(r);
+    Blocks blocks{};
+  };
+
+  void second(const Swept& s, int64_t k, A* e) const {
+    second(s.row, s.cut, k, e, s.blocks.refs, s.blocks.a, s.last, s.f);
+  }
+
+  // Rows [from, to), each row's second sweep block by block together with the next row's first: writes and reads of
+  // memory overlap, and a block of scratch is free as soon as its gradient is written.
+  template <class Loss>
+  void run_rows(int64_t from, int64_t to, const Space& s, const Loss& loss_of) const {
+    Swept waiting;
+    int turn = 0;
+    for (int64_t r = from; r < to; ++r) {
+      if (skip(r)) continue;
+      Swept now;
+      now.row = r;
+      now.cut = cut(r);
+      now.blocks = s.blocks[turn];
+      Sums sums;
+      const int64_t pending = waiting.row >= 0 ? waiting.cut.blocks : 0;
+      for (int64_t k = 0; k < now.cut.blocks || k < pending; ++k) {
+        if (k < pending) second(waiting, k, s.e);
+        if (k < now.cut.blocks)
+          first(r, now.cut, k, s.e, ctx.call.op == Op::stats ? nullptr : now.blocks.refs, sums, now.last);
+      }
+      waiting.row = -1;
+      if (settle(r, now.cut, s.e, now.blocks.refs, sums, now.last, now.f, now.blocks.a, loss_of(r))) {
+        waiting = now;
+        turn = 1 - turn;
+      } else if (ctx.call.op != Op::stats) {
+        zero(r);
+      }
     }
+    for (int64_t k = 0; waiting.row >= 0 && k < waiting.cut.blocks; ++k) second(waiting, k, s.e);
   }
 
   double run_many() const {
@@ -202,11 +238,9 @@ struct Rows {
     return sum_tasks(ctx.call.parallel, (ctx.rows + per_task - 1) / per_task,
                      [&](int64_t from, int64_t to, double* losses) {
                        const Space s = space(static_cast<char*>(scratch(0, space_bytes())));
-                       for (int64_t task = from; task < to; ++task) {
-                         losses[task] = 0;
-                         for (int64_t r = task * per_task; r < ctx.rows && r < (task + 1) * per_task; ++r)
-                           one_row(r, s, &losses[task]);
-                       }
+                       for (int64_t task = from; task < to; ++task) losses[task] = 0;
+                       const int64_t end = to * per_task < ctx.rows ? to * per_task : ctx.rows;
+                       run_rows(from * per_task, end, s, [&](int64_t r) { return &losses[r / per_task]; });
                      });
   }
 
@@ -248,7 +282,7 @@ struct Rows {
         const Space s = space(memory + each * size_t(row));
         part = Part{};
         if (from == 0) states[row].live = !skip(r0 + row);
-        first(r0 + row, cut, from, to, s.e, s.refs, part.sums, part.refs);
+        for (int64_t k = from; k < to; ++k) first(r0 + row, cut, k, s.e, s.blocks[0].refs, part.sums, part.refs);
       });
       for (int64_t row = 0; row < n; ++row) {
         const Space s = space(memory + each * size_t(row));
@@ -258,13 +292,15 @@ struct Rows {
           absorb(whole.sums, whole.refs, parts[row * chunks + c].sums, parts[row * chunks + c].refs);
         if (!states[row].live) continue;
         states[row].last = whole.refs;
-        states[row].live = settle(r0 + row, cut, s.e, s.refs, whole.sums, whole.refs, states[row].f, s.a, &loss);
+        states[row].live =
+            settle(r0 + row, cut, s.e, s.blocks[0].refs, whole.sums, whole.refs, states[row].f, s.blocks[0].a, &loss);
         if (!states[row].live && ctx.call.op != Op::stats) zero(r0 + row);
       }
       if (ctx.call.op == Op::stats) continue;
       each_chunk([&](int64_t row, const Cut& cut, int64_t from, int64_t to, Part&) {
         const Space s = space(memory + each * size_t(row));
-        if (states[row].live) second(r0 + row, cut, from, to, s.e, s.refs, s.a, states[row].last, states[row].f);
+        for (int64_t k = from; states[row].live && k < to; ++k)
+          second(r0 + row, cut, k, s.e, s.blocks[0].refs, s.blocks[0].a, states[row].last, states[row].f);
       });
     }
     return loss;

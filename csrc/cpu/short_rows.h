@@ -97,9 +97,12 @@ struct ShortRows {
           V in[kTogether], target[kTogether];
           for (int k = 0; k < kTogether; ++k) {
             const int64_t at = c + (from + k) * kLane;
-            if ((from + k) * kLane * sizeof(Elem) % 64 == 0) __builtin_prefetch(x + at + 2048 / sizeof(Elem));
+            if ((from + k) * kLane * sizeof(Elem) % 64 == 0) __builtin_prefetch(x + at + kPrefetch / sizeof(Elem));
             X::read(x + at, in + k);
-            if constexpr (kDense) D::read(d + at, target + k);
+            if constexpr (kDense) {
+              if ((from + k) * kLane * sizeof(Dense) % 64 == 0) __builtin_prefetch(d + at + kPrefetch / sizeof(Dense));
+              D::read(d + at, target + k);
+            }
           }
           step.template operator()<kTogether>(in, target, e + c + from * kLane, s, false, mask);
         }
