@@ -8,8 +8,8 @@ constexpr int64_t kChunk = 16 * kBlock;   // classes a task, where a row is shar
 constexpr int64_t kFewRows = 16;          // fewer rows than this are shared
 constexpr int64_t kTask = 1 << 15;        // elements a task, at least, where rows are dealt out
 constexpr int64_t kScratchRow = 1 << 18;  // elements of scratch for rows that are shared
-constexpr int kPrefetch = 8192;           // bytes that the prefetch runs ahead: memory's latency times its bandwidth,
-                                          // twice over, and a fourth of the smallest first-level cache
+constexpr int kPrefetch = 8192;           // bytes that the prefetch runs ahead, shared by the streams that are read:
+                                          // twice memory's latency times its bandwidth, a fourth of a small cache
 constexpr int kPad = 64;                  // scratch behind a head or a tail
 
 template <class A>
@@ -203,11 +203,16 @@ struct Rows {
     second(s.row, s.cut, k, e, s.blocks.refs, s.blocks.a, s.last, s.f);
   }
 
-  // Rows [from, to), each row's second sweep block by block together with the next row's first: writes and reads of
-  // memory overlap, and a block of scratch is free as soon as its gradient is written.
+  // Rows [from, to). A row's second sweep goes block by block together with the next row's first: writes and reads of
+  // memory overlap, and a block of scratch is free as soon as its gradient is written. Not with a dense target, which
+  // both sweeps read: then the rows of two targets would compete for the cache, which costs more than is won.
   template <class Loss>
   void run_rows(int64_t from, int64_t to, const Space& s, const Loss& loss_of) const {
     Swept waiting;
+    const auto flush = [&] {
+      for (int64_t k = 0; waiting.row >= 0 && k < waiting.cut.blocks; ++k) second(waiting, k, s.e);
+      waiting.row = -1;
+    };
     int turn = 0;
     for (int64_t r = from; r < to; ++r) {
       if (skip(r)) continue;
@@ -216,6 +221,7 @@ struct Rows {
       now.cut = cut(r);
       now.blocks = s.blocks[turn];
       Sums sums;
+      if (!ctx.sparse) flush();
       const int64_t pending = waiting.row >= 0 ? waiting.cut.blocks : 0;
       for (int64_t k = 0; k < now.cut.blocks || k < pending; ++k) {
         if (k < pending) second(waiting, k, s.e);
@@ -230,7 +236,7 @@ struct Rows {
         zero(r);
       }
     }
-    for (int64_t k = 0; waiting.row >= 0 && k < waiting.cut.blocks; ++k) second(waiting, k, s.e);
+    flush();
   }
 
   double run_many() const {

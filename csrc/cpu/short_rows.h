@@ -13,6 +13,7 @@ struct ShortRows {
   using Dense = typename D::Elem;
   static constexpr int kLane = kLanes<A>;
   static constexpr bool kBase = kKind == Kind::base, kDense = kKind == Kind::probs;
+  static constexpr int kAhead = kPrefetch / (kDense ? 2 : 1) / int(sizeof(Elem));  // elements
   static_assert(X::NV == 1 && D::NV == 1, "one vector a unit");
 
   const Context<A>& ctx;
@@ -97,10 +98,10 @@ struct ShortRows {
           V in[kTogether], target[kTogether];
           for (int k = 0; k < kTogether; ++k) {
             const int64_t at = c + (from + k) * kLane;
-            if ((from + k) * kLane * sizeof(Elem) % 64 == 0) __builtin_prefetch(x + at + kPrefetch / sizeof(Elem));
+            if ((from + k) * kLane * sizeof(Elem) % 64 == 0) __builtin_prefetch(x + at + kAhead);
             X::read(x + at, in + k);
             if constexpr (kDense) {
-              if ((from + k) * kLane * sizeof(Dense) % 64 == 0) __builtin_prefetch(d + at + kPrefetch / sizeof(Dense));
+              if ((from + k) * kLane * sizeof(Dense) % 64 == 0) __builtin_prefetch(d + at + kAhead);
               D::read(d + at, target + k);
             }
           }

@@ -23,7 +23,7 @@ struct Fast {
   static constexpr bool kBase = kKind == Kind::base;
   static constexpr bool kDense = kKind == Kind::probs || kKind == Kind::teacher;
   static constexpr bool kTeacher = kKind == Kind::teacher;
-  static constexpr int kAhead = kPrefetch / int(sizeof(Elem));  // elements that the prefetch runs ahead
+  static constexpr int kAhead = kPrefetch / (kDense ? 2 : 1) / int(sizeof(Elem));  // elements
   static_assert(D::kUnit == kUnit && D::NV == NV, "logits and target are read in the same order");
 
   // Accumulators: as few as the latency of an addition allows, because sixteen registers are soon full.
@@ -161,8 +161,8 @@ struct Fast {
     int64_t i = 0;
     if (stream) {
       for (; i + kUnit <= piece.n; i += kUnit) {
-        // Another row's first sweep may have pushed the target out of the near caches.
-        if constexpr (kKind == Kind::probs) __builtin_prefetch(d + i + kPrefetch / int(sizeof(Dense)));
+        // By now the row of the target may have left the near caches.
+        if constexpr (kKind == Kind::probs) __builtin_prefetch(d + i + kAhead);
         V g[NV];
         step.unit(piece.e + i, piece.teacher + i, d + i, kUnit, g);
         X::write_stream(out + i, g);
