@@ -179,12 +179,15 @@ bool accept(const Survey& found, BadIndex* bad) {
 
 // Gradients that no cache will hold are written past it.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
+// In place, only from rows that do not stay in the cache until they are overwritten.
+constexpr int64_t kLongRowBytes = int64_t{256} << 10;
 
 void write_to(Call& call, const Problem& p, const Block& out) {
   const int64_t size = p.logits.dtype == DType::f64 ? 8 : p.logits.dtype == DType::f32 ? 4 : 2;
   call.out = out;
   call.large = p.batch * p.inner * p.classes * size >= kStreamBytes;
-  call.stream = call.large && out.data != p.logits.data && reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
+  const bool past = out.data != p.logits.data || (p.inner == 1 && p.classes * size >= kLongRowBytes);
+  call.stream = call.large && past && reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
 }
 
 double run(const Call& call) { return chosen().load(std::memory_order_relaxed)->run(call); }
