@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ._library import empty_cache, pool_stats
+from ._library import empty_cache, pool_stats, set_pool_limits
 from ._version import __version__
 from .binary import BCEWithLogitsLoss, binary_cross_entropy_with_logits
 from .functional import cross_entropy
@@ -56,5 +56,6 @@ __all__ = [
     "linear_logprobs",
     "plan",
     "pool_stats",
+    "set_pool_limits",
     "uninstall",
 ]
