@@ -20,7 +20,7 @@ from .options import Options
 from .probs import log_probabilities
 from .reduction import reduce_rows
 from .row_losses import RowLoss, without_factor
-from .settings import FLOATS, Stats, cached_spec, default_loss_dtype, make_spec
+from .settings import FLOATS, Stats, cached_spec, check_row_weight, default_loss_dtype, make_spec
 from .target_rows import class_factor_rows, counts, target_entropy
 from .targets import ClassIndices, ClassProbabilities, Target
 
@@ -76,7 +76,7 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
     if weight is not None:
         target = target._replace(weight=weight.to(acc).contiguous())
     row_loss, reduction = ask.row_loss, ask.reduction
-    rows = None if ask.row_weight is None else _row_weight(ask.row_weight, layout, acc)
+    rows = None if ask.row_weight is None else _row_weight(ask.row_weight, layout, input.device, acc)
     class_factor = None
     if isinstance(row_loss, RowLoss) and row_loss.class_factor is not None:
         class_factor, row_loss = row_loss.class_factor, row_loss.unscaled()
@@ -218,9 +218,6 @@ def fold_factor(factor: Tensor, call: Call, rows: Tensor | None, reduction: str)
     return torch.where(total == 0, 0.0, factor) if call.spec.empty_zero else factor, "sum"
 
 
-def _row_weight(row_weight: Tensor, layout: Layout, acc: torch.dtype) -> Tensor:
-    if not isinstance(row_weight, Tensor):
-        raise TypeError(f"cross_entropy: row_weight must be Tensor, not {type(row_weight).__name__}")
-    if tuple(row_weight.shape) != tuple(layout.row_shape):
-        raise ValueError(f"row_weight must have shape {list(layout.row_shape)}, got {list(row_weight.shape)}")
+def _row_weight(row_weight: Tensor, layout: Layout, device: torch.device, acc: torch.dtype) -> Tensor:
+    check_row_weight(row_weight, device, tuple(layout.row_shape))
     return per_row(layout, row_weight, acc)

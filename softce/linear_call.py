@@ -22,7 +22,7 @@ from .linear_targets import LinearTeacher, as_form
 from .ops import CORRECT, ENTROPY, LOSS, LSE, PHI_IDENTITY, TARGET_LOGP, KernelTarget, Spec, acc_dtype
 from .options import Options
 from .row_losses import RowLoss
-from .settings import FLOATS, Stats, cached_spec, check_weight, make_spec
+from .settings import FLOATS, Stats, cached_spec, check_row_weight, check_weight, make_spec
 from .target_rows import class_factor_rows, target_entropy
 from .targets import ClassProbabilities, Form, Target, Teacher
 
@@ -84,12 +84,8 @@ class Rows:
         return form
 
     def check_row_weight(self, row_weight: Tensor | None) -> None:
-        if row_weight is None:
-            return
-        if not isinstance(row_weight, Tensor):
-            raise TypeError(f"linear_cross_entropy: row_weight must be Tensor, not {type(row_weight).__name__}")
-        if tuple(row_weight.shape) not in (self.given, self.shape):
-            raise ValueError(f"row_weight must have shape {list(self.given)}, got {list(row_weight.shape)}")
+        if row_weight is not None:
+            check_row_weight(row_weight, self.device, self.given, self.shape)
 
     def input_rows(self) -> Tensor | slice | None:
         """Which rows of the input stand against a target; ``None``: all."""
@@ -110,6 +106,11 @@ class Rows:
         if rows is None:
             return None
         return slice(rows.start + 1, rows.stop + 1) if isinstance(rows, slice) else rows + 1
+
+
+def _flat_rows(x: Tensor) -> Tensor:
+    """``(.., H)`` as ``(R, H)``, for H = 0 too."""
+    return x.unsqueeze(0).flatten(0, -2)
 
 
 def _pick(x: Tensor | None, rows: Tensor | slice | None) -> Tensor | None:
@@ -136,7 +137,7 @@ def _tensors(
     if isinstance(form, LinearTeacher):
         operands = LinearMap(*autocast(form.hidden, form.linear_weight, form.linear_bias))
         operands.check_dtypes("LinearTeacher.")
-        teacher = (operands.input.reshape(-1, form.hidden.shape[-1]), *operands[1:])
+        teacher = (_flat_rows(operands.input), *operands[1:])
         small = Teacher(input.new_empty((0, layout.classes)), form.temperature, form.scale_loss, form.divergence)
         kernel_form = small.kernel_form(Layout("rows", layout.classes, (0,)), acc, input.dtype, ignore_index)
         kernel_form = kernel_form._replace(target=KernelTarget())
@@ -148,7 +149,7 @@ def _tensors(
     target = kernel_form.target
     here = rows.input_rows()
     there = rows.next(here)
-    flat = input.reshape(-1, input.shape[-1])
+    flat = _flat_rows(input)
     dense_rows, teacher_rows = target.dense, teacher[0]
     if isinstance(here, slice):
         flat = flat[here]

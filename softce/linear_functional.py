@@ -12,15 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import linear, validate
 from .compute import Request
 from .functional import cross_entropy
 from .linear_call import LinearMap, Rows, autocast, loss_of
 from .linear_plan import Plan, check_budget, plan_of, work_dtype
 from .linear_targets import LinearTeacher, as_form, check_linear
+from .ops import DENSE_PROBS
 from .options import DEFAULT, Options
 from .row_losses import RowLoss
-from .settings import Stats, check_types
-from .targets import ClassProbabilities, Target, Teacher
+from .settings import Stats, check_extras, check_row_weight, check_types, check_weight, make_spec
+from .targets import ClassIndices, ClassProbabilities, Target, Teacher, as_target
 
 
 class LogProbs(NamedTuple):
@@ -95,6 +97,7 @@ def linear_cross_entropy(
     if reduction not in ("mean", "none", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
     options = _options(options)
+    check_extras(row_loss, loss_dtype, options)
     ignore_index = -100 if ignore_index is None else ignore_index
     check_linear("", "input", input, linear_weight, linear_bias)
     check_types(weight, ignore_index, label_smoothing)
@@ -212,11 +215,22 @@ def _unfused(
             "as a whole",
             stacklevel=3,
         )
+    # Shape, dtype and device of the logits, in one element of memory: errors come before they are computed.
+    like = input.detach().new_empty(()).expand(input.shape[0], *weight.shape[:-1])
+    form = as_target(like, target)
+    form.check(like, ask.ignore_index)
+    if isinstance(form, ClassIndices) and validate.may_look(form.index):
+        linear.check_index(form.index.reshape(-1, 1), ask.ignore_index, weight.shape[0])
+    if class_weight is not None:
+        check_weight(class_weight, like, form)
+    if ask.row_weight is not None:
+        check_row_weight(ask.row_weight, input.device, (input.shape[0], *weight.shape[1:-1]))
+    make_spec(weight.shape[0], *ask[2:7], None, DENSE_PROBS, 1.0, 1.0, ask.empty)
     flat_bias = None if bias is None else bias.reshape(-1)
     logits = F.linear(input, weight.reshape(-1, weight.shape[-1]), flat_bias)
     logits = logits.reshape(input.shape[0], *weight.shape[:-1])
     arguments = ask._asdict()
-    return cross_entropy(logits, target, class_weight, **arguments)
+    return cross_entropy(logits, form, class_weight, **arguments)
 
 
 def plan(

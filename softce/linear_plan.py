@@ -16,6 +16,7 @@ _ROWS = {"cpu": 512, "cuda": 2048}
 # Fewer rows than these lose more to that traffic than a fourth matrix product costs.
 _THIN = 64
 _LARGE = 8192  # classes from which on the weight is not expected in a cache
+_FEW = 384  # rows whose halves would be slower than one chunk of them (N = 192 to 512, H = 512 and 2048)
 _TILE_ROWS = 1024  # rows of a tile over the vocabulary
 # Bytes that a call needs besides its buffers, measured at H = 512; mostly the BLAS library's packed operands.
 _RESERVE = 5 << 20
@@ -116,7 +117,7 @@ def choose(rows: int, classes: int, cost: Costs, budget: int | None, device: str
     rows, classes = max(1, rows), max(1, classes)
     # Never all rows at once, which would be the logits, but where they are so few that reading a large weight once more
     # for each half would be dear.
-    few = rows < 3 * _THIN and classes >= _LARGE
+    few = rows < _FEW and classes >= _LARGE
     best = min(_ROWS.get(device, _ROWS["cpu"]), rows if few else (rows + 1) // 2)
     if budget is None or cost.bytes(best, classes) <= budget - min(_RESERVE, budget // 2):
         return Chunking(_even(rows, best), classes)

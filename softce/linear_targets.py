@@ -119,6 +119,11 @@ def as_form(target: Tensor | Target, rows: tuple[int, ...], classes: int) -> Tar
         if tuple(target.shape) == (*rows, classes):
             return ClassProbabilities(class_first(target))
         if target.is_floating_point():
+            if tuple(target.shape) == rows:
+                raise RuntimeError(
+                    f"expected target dtype to be Long or Byte, but got {target.dtype}: a target of the rows' shape "
+                    f"holds class indices; class probabilities have shape {[*rows, classes]}"
+                )
             check_rows("target with class probabilities, without its last dimension", tuple(target.shape[:-1]), rows)
             raise RuntimeError(
                 f"Expected target size {[*rows, classes]}, got {list(target.shape)}: class probabilities must have the "

@@ -107,7 +107,7 @@ def check_extras(row_loss: object, loss_dtype: torch.dtype | None, options: obje
 def check_types(weight: Tensor | None, ignore_index: int, label_smoothing: float) -> None:
     if weight is not None and not isinstance(weight, Tensor):
         raise TypeError(f"cross_entropy: weight must be Tensor, not {type(weight).__name__}")
-    if isinstance(ignore_index, float) or ignore_index is None:
+    if isinstance(ignore_index, (float, str, bytes)) or ignore_index is None:
         raise TypeError(f"cross_entropy: ignore_index must be int, not {type(ignore_index).__name__}")
     if isinstance(label_smoothing, (str, bytes)) or label_smoothing is None:
         raise TypeError(f"cross_entropy: label_smoothing must be float, not {type(label_smoothing).__name__}")
@@ -131,3 +131,15 @@ def check_weight(weight: Tensor, input: Tensor, form: Target) -> None:
                 "weight: cross_entropy is not differentiable with respect to the weight for class indices. "
                 "This input cannot have requires_grad True."
             )
+
+
+def check_row_weight(row_weight: Tensor, device: torch.device, *shapes: tuple[int, ...]) -> None:
+    """Raise for anything but a tensor of one of the shapes on the input's device."""
+    if not isinstance(row_weight, Tensor):
+        raise TypeError(f"row_weight must be Tensor, not {type(row_weight).__name__}")
+    if tuple(row_weight.shape) not in shapes:
+        raise ValueError(f"row_weight must have shape {list(shapes[0])}, got {list(row_weight.shape)}")
+    if row_weight.device != device:
+        raise RuntimeError(f"Expected row_weight on the input's device {device}, got {row_weight.device}")
+    if row_weight.is_complex():
+        raise RuntimeError(f"row_weight must hold real numbers, got {row_weight.dtype}")

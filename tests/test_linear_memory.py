@@ -183,6 +183,7 @@ def test_plan_is_what_happens(
 def test_errors_come_before_any_product() -> None:
     x, w = (t.detach() for t in inputs())
     index, prob, one = torch.randint(V, (N,)), torch.rand(N, V), torch.ones(N)
+    planes, pair = w.view(V // 2, 2, H), torch.randint(V // 2, (N, 2))
     cases: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
         (RuntimeError, "in_features", (x, w[:, :3], index), {}),
         (RuntimeError, "dimensionality at least 2", (x, w[0], index), {}),
@@ -217,6 +218,19 @@ def test_errors_come_before_any_product() -> None:
         (ValueError, "batch_size", (x, w, softce.LinearTeacher(x[:3], w)), {}),
         (RuntimeError, "linear_weight of 1000 classes", (x, w, softce.LinearTeacher(x, w[:9])), {}),
         (ValueError, "batch_size", (x, w, softce.Teacher(prob[:3])), {}),
+        (RuntimeError, "target dtype to be Long or Byte", (x, w, index.float()), {}),
+        (RuntimeError, "row_weight on the input's device", (x, w, index), {"row_weight": one.to("meta")}),
+        (RuntimeError, "row_weight must hold real numbers", (x, w, index), {"row_weight": one.to(torch.complex64)}),
+        (TypeError, "row_loss must be a row loss or a callable, not int", (x, w, index), {"row_loss": 3}),
+        (TypeError, "loss_dtype must be", (x, w, index), {"loss_dtype": torch.int32}),
+        (TypeError, "ignore_index must be int, not str", (x, w, index), {"ignore_index": "a"}),
+        # K-dimensional logits, which are computed as a whole, but not before what can be checked is
+        (ValueError, "batch_size", (x, planes, index[:3, None]), {}),
+        (IndexError, "value 600 in row 0", (x, planes, index[:, None].expand(N, 2) * 0 + 600), {}),
+        (RuntimeError, "weight tensor should be defined", (x, planes, pair), {"weight": torch.ones(3)}),
+        (ValueError, "row_weight must have shape", (x, planes, pair), {"row_weight": one}),
+        (ValueError, "temperature", (x, planes, pair), {"temperature": -1.0}),
+        (ValueError, "smoothing must be", (x, planes, pair), {"smoothing": "x"}),
     ]
     with (
         mock.patch("torch.mm", side_effect=AssertionError("computed")),
@@ -233,6 +247,16 @@ def test_errors_come_before_any_product() -> None:
             softce.plan(x, w, options=Options(memory_budget=100))
         with pytest.raises(RuntimeError, match=r"\(V, H\)"):
             softce.plan(x, w.view(V // 2, 2, H))
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1), ()])
+def test_no_features(shape: tuple[int, ...]) -> None:
+    """H = 0: every class is as likely as another."""
+    x, w = torch.randn(*shape, 0, requires_grad=True), torch.randn(4, 0, requires_grad=True)
+    loss = softce.linear_cross_entropy(x, w, torch.zeros(shape, dtype=torch.int64), reduction="none")
+    torch.testing.assert_close(loss.detach(), torch.full(shape, 4.0).log())
+    loss.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
 
 
 # ---- module ----
