@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import linear, validate
+from . import validate
 from .compute import Request
 from .functional import cross_entropy
 from .linear_call import LinearMap, Rows, autocast, loss_of
+from .linear_inputs import check_index
 from .linear_plan import Plan, check_budget, plan_of, work_dtype
 from .linear_targets import LinearTeacher, as_form, check_linear
 from .ops import DENSE_PROBS
@@ -220,7 +221,7 @@ def _unfused(
     form = as_target(like, target)
     form.check(like, ask.ignore_index)
     if isinstance(form, ClassIndices) and validate.may_look(form.index):
-        linear.check_index(form.index.reshape(-1, 1), ask.ignore_index, weight.shape[0])
+        check_index(form.index.reshape(-1, 1), ask.ignore_index, weight.shape[0])
     if class_weight is not None:
         check_weight(class_weight, like, form)
     if ask.row_weight is not None:
