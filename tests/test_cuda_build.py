@@ -92,7 +92,8 @@ def test_the_emulation_finds_planted_faults(tmp_path: Path, fault: str) -> None:
     source.write_text(text.replace(right, wrong))
     program = build_check(source.parent, tmp_path, 1)
     done = subprocess.run([str(program), "60", "5"], capture_output=True, text=True)
-    assert done.returncode == 1 and "FAIL" in done.stdout, done.stdout + done.stderr
+    # 1: wrong results; 2: threads that no longer agree wait for one another as well
+    assert done.returncode in (1, 2) and "FAIL" in done.stdout, done.stdout + done.stderr
 
 
 # ---- machine code ----

@@ -9,6 +9,7 @@
 //
 // Traffic: one read of logits and dense target, one write of the gradient; `twice` reads both again.
 #pragma once
+#include "by_class.cuh"
 #include "launch.h"
 #include "plan.h"
 #include "stage.cuh"
@@ -106,6 +107,18 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, Tuning<T, D, K, M>::kBlocks
   const int slice_number = rank * warps + warp, slices = size * warps;
   const int64_t step = gridDim.x / size;
   const auto join = [&p](const Acc<K>& a, const Acc<K>& b) { return merged<K, kExact>(a, b, p.scalars); };
+  const auto of_row = [&](Acc<K> acc, int turn) {  // the sums of all lanes
+    acc = warp_join(acc, join);
+    if (lane == 0) fixed.warp_sum[turn][warp] = acc;
+    __syncthreads();
+    acc = warp_join(lane < warps ? fixed.warp_sum[turn][lane] : Acc<K>(), join);
+    if (size > 1) {
+      if (warp == 0 && lane < size) store_to_rank(&fixed.block_sum[turn][rank], lane, acc);
+      cluster_sync();
+      acc = warp_join(lane < size ? fixed.block_sum[turn][lane] : Acc<K>(), join);
+    }
+    return acc;
+  };
 
   RowInputs inputs = {p.scalars.mix_b, 1.0f, 0.0, K == TargetKind::sparse && p.entries == 1 && !p.value};
   if constexpr (M != RowMode::stats) inputs.scale = reduced_scale(p.scale, p.counts, p.count_parts, p.empty_zero, lane);
@@ -161,20 +174,21 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, Tuning<T, D, K, M>::kBlocks
     }
     Acc<K> acc;
     sweep<T, D, K, kBatch>(slice, lane, p.scalars, inputs.uniform != 0.0f, acc);
-    acc = warp_join(acc, join);
-    if (lane == 0) fixed.warp_sum[turn][warp] = acc;
-    __syncthreads();
-    acc = warp_join(lane < warps ? fixed.warp_sum[turn][lane] : Acc<K>(), join);
-    if (size > 1) {
-      if (warp == 0 && lane < size) store_to_rank(&fixed.block_sum[turn][rank], lane, acc);
-      cluster_sync();
-      acc = warp_join(lane < size ? fixed.block_sum[turn][lane] : Acc<K>(), join);
-    }
+    acc = of_row(acc, turn);
 
     EntrySums sums;
     if constexpr (K == TargetKind::sparse) sums = sum_entries(entries, p.entries, acc.m, lane);
-    const RowResult result =
-        finish_row<K>(acc, sums, K == TargetKind::sparse ? entries[0] : Entry{}, inputs, p.scalars);
+    const Entry first = K == TargetKind::sparse ? entries[0] : Entry{};
+    RowResult result = finish_row<K>(acc, sums, first, inputs, p.scalars);
+    if constexpr (K != TargetKind::probs) {
+      if (signs_met(result)) {  // for every thread of the row alike
+        Acc<K> part;
+        part.c = dot_by_class<T, D, K>(slice, lane, entries, p.entries, inputs.uniform, acc, p.scalars);
+        size > 1 ? cluster_sync() : __syncthreads();  // the sums before have been read
+        const float dot = of_row(part, turn).c;
+        result = finish_row<K>(acc, sums, first, inputs, p.scalars, &dot);
+      }
+    }
     if (rank == 0 && thread == 0) {
       p.stats[kLoss * p.rows + row] = result.loss;
       p.stats[kLse * p.rows + row] = result.lse;

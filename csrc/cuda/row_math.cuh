@@ -19,8 +19,10 @@
 #endif
 #ifdef __CUDA_ARCH__
 #define SOFTCE_UNROLL _Pragma("unroll")
+#define SOFTCE_ROLLED _Pragma("unroll 1")
 #else
 #define SOFTCE_UNROLL
+#define SOFTCE_ROLLED
 #endif
 
 namespace softce::cuda {
@@ -116,6 +118,15 @@ SOFTCE_HD float shifted(float c, float q, float m, float to) { return m == kMinu
 
 // A weight that has vanished takes its term along, even an infinite one.
 SOFTCE_HD float scaled(float value, float factor) { return factor == 0.0f ? 0.0f : value * factor; }
+
+// Never half of a fused multiply-add.
+SOFTCE_HD float rounded_product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
 
 SOFTCE_HD float finite_reference(float m) { return m == kMinusInf ? 0.0f : m; }
 
@@ -290,9 +301,10 @@ struct RowResult {
   bool zero;  // an exact 0 in every class
 };
 
+// dot: sum q (z - m) where it is known better than from the sums.
 template <TargetKind K>
 SOFTCE_HD RowResult finish_row(const Acc<K>& acc, const EntrySums& entries, const Entry& first, const RowInputs& in,
-                               const RowScalars& s) {
+                               const RowScalars& s, const float* dot = nullptr) {
   RowResult r = {};
   r.m = acc.m;
   float mass = acc.q, c = acc.c, teacher_scale = 0.0f;
@@ -320,6 +332,7 @@ SOFTCE_HD RowResult finish_row(const Acc<K>& acc, const EntrySums& entries, cons
       c = fmaf(in.uniform, acc.c, c);
     }
   }
+  if (dot) c = *dot;
   const float log_s = logf(acc.s);
   r.lse = fmaf(acc.m, s.inv_temperature, log_s);
   r.loss = fmaf(mass, log_s, -c * s.inv_temperature);
@@ -339,6 +352,9 @@ SOFTCE_HD RowResult finish_row(const Acc<K>& acc, const EntrySums& entries, cons
   r.pull_t = r.d * (K == TargetKind::probs ? s.mix_a : teacher_scale);
   return r;
 }
+
+// Whether parts of a class's weight that differ in sign met a logit of -inf, or the target itself is no number.
+SOFTCE_HD bool signs_met(const RowResult& r) { return r.loss != r.loss && r.lse > kMinusInf; }
 
 // The gradient of one class from its z and pull = d * (its effective weight).
 template <bool kExact>

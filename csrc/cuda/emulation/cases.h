@@ -47,6 +47,8 @@ inline Case random_case(uint64_t seed, int per_unit, TargetKind kind) {
     s.phi = phi, s.phi_p0 = parameters[phi];
     if (phi == 1 && r.chance(30)) s.phi_p0 = 0.5;
   }
+  c.opposed = kind != TargetKind::probs && r.chance(20);
+  if (c.opposed) s.mix_a = c.rested ? 1.0 : -0.125, s.mix_b = c.rested ? 0.0 : 0.125, s.phi = s.phi_p0 = 0;
   if (r.chance(30)) s.scale = 1.7;
   if (r.chance(30)) s.empty_zero = 1.0;
   return c;

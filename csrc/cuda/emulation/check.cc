@@ -80,6 +80,7 @@ struct Case {
   int classes = 1, entries = 0, cluster = 1, warps = 1;
   RowMode mode = RowMode::resident;
   bool in_place = false, mean = true, weighted = false, valued = false, rested = false, row_weighted = false;
+  bool opposed = false;
   int x_offset = 0, out_offset = 0, t_offset = 0, w_offset = 0, x_gap = 0, out_gap = 0, t_gap = 0;
   Spec spec;
   uint64_t seed = 1;
@@ -91,10 +92,11 @@ struct Case {
            (in_place ? " in place" : "") + " offsets " + std::to_string(x_offset) + "/" + std::to_string(out_offset) +
            "/" + std::to_string(t_offset) + "/" + std::to_string(w_offset) + " gaps " + std::to_string(x_gap) + "/" +
            std::to_string(out_gap) + "/" + std::to_string(t_gap) + (weighted ? " weights" : "") +
-           (valued ? " values" : "") + (rested ? " rest" : "") + (row_weighted ? " row weights" : "") +
-           " mix_b=" + std::to_string(spec.mix_b) + " T=" + std::to_string(spec.temperature) +
-           " cap=" + std::to_string(spec.softcap) + " z=" + std::to_string(spec.z_loss) +
-           " phi=" + std::to_string(static_cast<int>(spec.phi)) + " seed " + std::to_string(seed);
+           (valued ? " values" : "") + (rested ? " rest" : "") + (opposed ? " opposed" : "") +
+           (row_weighted ? " row weights" : "") + " mix_b=" + std::to_string(spec.mix_b) +
+           " T=" + std::to_string(spec.temperature) + " cap=" + std::to_string(spec.softcap) +
+           " z=" + std::to_string(spec.z_loss) + " phi=" + std::to_string(static_cast<int>(spec.phi)) + " seed " +
+           std::to_string(seed);
   }
 };
 
@@ -183,9 +185,24 @@ struct Runner {
       for (int i = 0; i < c.classes; ++i)
         weight.at(0, i) = random.chance(10) ? 0.0f : static_cast<float>(random.uniform());
     }
+    if (c.opposed)
+      for (int64_t r = 0; r < c.rows; ++r) oppose(r);
     if (c.row_weighted)
       for (int64_t r = 0; r < c.rows; ++r)
         row_weight.push_back(random.chance(20) ? 0.0f : static_cast<float>(random.uniform()));
+  }
+
+  // A class whose weight is made of parts that differ in sign, and often add up to 0, gets a logit of -inf.
+  void oppose(int64_t r) {
+    int64_t at = random.below(c.classes);
+    if (K == TargetKind::sparse) {
+      const size_t first = static_cast<size_t>(r * c.entries);
+      at = index[first];
+      if (c.valued && random.chance(70)) value[first] = c.rested ? -rest[static_cast<size_t>(r)] : 1.0f;
+    } else if (random.chance(70)) {
+      for (int i = 0; i < c.classes; ++i) from_float(i == at ? 1.0f : kMinusInf, dense.at(r, i));
+    }
+    if (at >= 0 && at < c.classes && random.chance(80)) from_float(kMinusInf, logits.at(r, static_cast<int>(at)));
   }
 
   reference::Result expected(int64_t r) {
