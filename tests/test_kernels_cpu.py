@@ -136,7 +136,7 @@ def test_strides_and_starts(isa: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(520, 4099), (2100, 1003), (30000, 71), (2, 33, 33000)], ids=str)
+@pytest.mark.parametrize("shape", [(520, 4099), (2100, 1003), (30000, 71), (2, 33, 33000), (33, 66001)], ids=str)
 def test_streamed_outputs(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Gradients large enough to be written past the caches, with row starts that no vector is aligned to."""
     shape = (shape[0] * 4 // dtype.itemsize, *shape[1:])
@@ -146,7 +146,7 @@ def test_streamed_outputs(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) 
         _, g, _ = fused_of(x, target, Spec(mix_a=0.9, mix_b=0.1 / shape[1]), mean=False)
         over = x.clone()
         ops.row_fused_(over, *target, None, IGNORE, list(Spec(mix_a=0.9, mix_b=0.1 / shape[1])), False, False)
-        assert torch.equal(g, over)  # in place is not streamed
+        assert torch.equal(g, over)  # in place is streamed, or not, by another rule
         few = torch.randint(0, len(x), (3,)) if x.dim() == 2 else torch.tensor([1])
         part = target._replace(
             index=None if target.index is None else target.index.view(len(x), -1)[few].view(-1, 1),
@@ -155,6 +155,35 @@ def test_streamed_outputs(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) 
         truth = Truth(x[few], part, Spec(mix_a=0.9, mix_b=0.1 / shape[1]))
         _, want, push = truth.fused(None, False)
         assert_gradient(g[few], like(want, x[few]), "streamed", push)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("classes", [4099, 20000])
+def test_rows_that_follow_one_another(isa: str, dtype: torch.dtype, in_place: bool, classes: int) -> None:
+    """A row is written while the next is read: rows of other scales, ignored rows and nan do not touch neighbours."""
+    x = logits_for((24, classes), dtype)
+    x[1] *= 60  # its reference is taken again, block after block
+    x[3:5] += 300
+    x[5, : classes * 2 // 3] = -math.inf
+    x[8] = -math.inf
+    x[10, 7] = math.nan
+    index = torch.randint(0, classes, (24, 1))
+    index[5] = classes - 1
+    index[[0, 2, 11, 12, 23]] = IGNORE
+    target, spec = KernelTarget(index=index), Spec(mix_a=0.9, mix_b=0.0)
+    got = x.clone()
+    if in_place:
+        loss, _ = ops.row_fused_(got, *target, None, IGNORE, list(spec), False, False)
+    else:
+        loss, got, _ = fused_of(x, target, spec, mean=False)
+    assert loss.isnan()
+    bad = torch.tensor([8, 10])
+    assert got[bad].isnan().all() and (got[[0, 2, 11, 12, 23]] == 0).all()
+    fine = torch.tensor([r for r in range(24) if r not in (8, 10)])
+    part = target._replace(index=index[fine])
+    _, want, push = Truth(x[fine], part, spec).fused(None, False)
+    assert_gradient(got[fine], like(want, x[fine]), "rows", push)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
