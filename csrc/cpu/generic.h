@@ -87,6 +87,26 @@ struct Generic {
     for (int64_t i = n; i < padded; ++i) w[i] = 0;
   }
 
+  static double add_all(const A* y, int64_t n) {
+    V sum{};
+    int64_t i = 0;
+    for (; i + kLanes<A> <= n; i += kLanes<A>) sum += load<V>(y + i);
+    double total = sum_of<A>(sum);
+    for (; i < n; ++i) total += y[i];
+    return total;
+  }
+
+  // The first class of the largest value, if that is beyond `best`. What pads y to whole vectors is not beyond it.
+  static void find_largest(const A* y, int64_t n, int64_t padded, int64_t begin, double& best, int64_t& arg) {
+    V top = splat(A(-__builtin_inf()));
+    for (int64_t i = 0; i < padded; i += kLanes<A>) top = vmax(load<V>(y + i), top);
+    const A most = A(max_of<A>(top));
+    if (!(most > best)) return;
+    int64_t i = 0;
+    while (i < n && y[i] != most) ++i;
+    if (i < n) best = most, arg = begin + i;
+  }
+
   static Sums sweep1(const Context<A>& ctx, const Piece<A>& piece, const Refs& refs) {
     alignas(64) A y[kGenericBlock], t[kGenericBlock], w[kGenericBlock];
     const Exp<A, kDegree> exp(ctx.scale, refs.x), teacher_exp(ctx.teacher_scale, refs.teacher);
@@ -135,11 +155,9 @@ struct Generic {
       total.plain_t += sum_of<A>(pt_sum), total.plain_ty += sum_of<A>(pty_sum);
       total.n += double(n);
       if (ctx.call.extras) {
-        for (int64_t i = 0; i < n; ++i) {
-          total.plain_y += y[i];
-          if (y[i] > total.best_y) total.best_y = y[i], total.arg_y = piece.begin + from + i;
-          if (!ctx.sparse && t[i] > total.best_t) total.best_t = t[i], total.arg_t = piece.begin + from + i;
-        }
+        total.plain_y += add_all(y, n);
+        find_largest(y, n, padded, piece.begin + from, total.best_y, total.arg_y);
+        if (!ctx.sparse) find_largest(t, n, padded, piece.begin + from, total.best_t, total.arg_t);
       }
     }
     total.top = max_of<A>(top) + refs.x.shift;

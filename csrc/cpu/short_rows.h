@@ -5,7 +5,7 @@
 constexpr int64_t kShort = 2048;        // classes, at most
 constexpr int64_t kTileSize = 1 << 13;  // elements of a tile
 
-template <class X, class D, Kind kKind>
+template <class X, class D, Kind kKind, bool kWeighted>
 struct ShortRows {
   using A = typename X::Acc;
   using V = typename X::V;
@@ -17,6 +17,7 @@ struct ShortRows {
   static_assert(X::NV == 1 && D::NV == 1, "one vector a unit");
 
   const Context<A>& ctx;
+  double w_sum = 0;
   const int64_t classes = ctx.classes;
   const int64_t full = classes / kLane * kLane;                 // classes in full vectors
   const int64_t pitch = (classes + kLane - 1) / kLane * kLane;  // of a row in scratch
@@ -24,6 +25,7 @@ struct ShortRows {
   struct Tile {
     Group<A> group;
     A* e;         // (n, pitch)
+    A* weight;    // (pitch,), 0 behind the classes
     Elem* stage;  // (n, classes) and 64 bytes
   };
 
@@ -58,7 +60,8 @@ struct ShortRows {
     Exp<A, 5> exp;
 
     template <int kCount>
-    SOFTCE_INLINE void operator()(const V* x, const V* d, A* e_out, Accumulators& s, bool masked, V mask) const {
+    SOFTCE_INLINE void operator()(const V* x, const V* d, const A* w, A* e_out, Accumulators& s, bool masked,
+                                  V mask) const {
       V y[kCount], e[kCount];
       for (int i = 0; i < kCount; ++i) e[i] = y[i] = exp.affine(x[i]);
       if (masked) e[0] = y[0] = mask == 0 ? splat(A(-__builtin_inf())) : y[0];
@@ -67,9 +70,17 @@ struct ShortRows {
       for (int i = 0; i < kCount; ++i) {
         store(e_out + i * kLane, e[i]);
         s.e += e[i];
-        if constexpr (kBase || kDense) s.y += masked ? (mask == 0 ? V{} : y[i]) : y[i];
+        V t = kDense ? d[i] : V{};
+        if constexpr (kWeighted) {
+          const V weight = load<V>(w + i * kLane), product = weight * y[i];
+          s.y += weight == 0 ? V{} : product;
+          t = weight == 0 ? V{} : t * weight;
+        } else if constexpr (kBase || kDense) {
+          s.y += masked ? (mask == 0 ? V{} : y[i]) : y[i];
+          t = masked ? (mask == 0 ? V{} : t) : t;
+        }
         if constexpr (kDense) {
-          const V t = masked ? (mask == 0 ? V{} : d[i]) : d[i], product = t * y[i];
+          const V product = t * y[i];
           s.t += t;
           s.ty += t == 0 ? V{} : product;
         }
@@ -91,6 +102,7 @@ struct ShortRows {
       const Elem* x = reinterpret_cast<const Elem*>(ctx.x_row(r));
       const Dense* d = reinterpret_cast<const Dense*>(ctx.dense_row(r));
       A* e = tile.e + i * pitch;
+      const A* w = tile.weight;
       Accumulators s{V{}, V{}, V{}, V{}, top};
       int64_t c = 0;
       for (; c + 4 * kLane <= full; c += 4 * kLane) {
@@ -105,20 +117,20 @@ struct ShortRows {
               D::read(d + at, target + k);
             }
           }
-          step.template operator()<kTogether>(in, target, e + c + from * kLane, s, false, mask);
+          step.template operator()<kTogether>(in, target, w + c + from * kLane, e + c + from * kLane, s, false, mask);
         }
       }
       for (; c < full; c += kLane) {
         V in, target;
         X::read(x + c, &in);
         if constexpr (kDense) D::read(d + c, &target);
-        step.template operator()<1>(&in, &target, e + c, s, false, mask);
+        step.template operator()<1>(&in, &target, w + c, e + c, s, false, mask);
       }
       if (full < classes) {
         const V in = read_tail<X>(x, follow(ctx, ctx.problem.logits, r, full), A(0));
         V target;
         if constexpr (kDense) target = read_tail<D>(d, follow(ctx, ctx.target.dense, r, full), A(0));
-        step.template operator()<1>(&in, &target, e + full, s, true, mask);
+        step.template operator()<1>(&in, &target, w + full, e + full, s, true, mask);
       }
       top = s.top;
       g.e[i] = add_lanes(s.e);
@@ -150,14 +162,17 @@ struct ShortRows {
   struct Second {
     V a, slope, base;
 
-    SOFTCE_INLINE V operator()(const A* e, const Dense* d) const {
+    SOFTCE_INLINE V operator()(const A* e, const Dense* d, const A* w) const {
       const V ev = load<V>(e);
-      if constexpr (kDense) {
-        V t;
-        D::read(d, &t);
-        return fma(ev, a, -fma(t, slope, base));
-      } else if constexpr (kBase) {
-        return fma(ev, a, -base);
+      if constexpr (kBase || kDense) {
+        V q = base;
+        if constexpr (kDense) {
+          V t;
+          D::read(d, &t);
+          q = fma(t, slope, base);
+        }
+        if constexpr (kWeighted) return fma(ev, a, -(load<V>(w) * q));
+        return fma(ev, a, -q);
       } else {
         return ev * a;
       }
@@ -180,17 +195,17 @@ struct ShortRows {
       const A* e = tile.e + i * pitch;
       const Second step{splat(g.a[i]), splat(g.slope[i]), splat(g.base[i])};
       for (int64_t c = 0; c < full; c += kLane) {
-        const V v = step(e + c, d + c);
+        const V v = step(e + c, d + c, tile.weight + c);
         X::write(out + c, &v);
       }
       if (full == classes) continue;
       if (full > 0) {  // the last full vector again, up to the row's end
-        const V v = step(e + classes - kLane, d + classes - kLane);
+        const V v = step(e + classes - kLane, d + classes - kLane, tile.weight + classes - kLane);
         X::write(out + classes - kLane, &v);
       } else {
         Dense padded[kLane] = {};
         if constexpr (kDense) __builtin_memcpy(padded, d, size_t(classes) * sizeof(Dense));
-        const V v = step(e, padded);
+        const V v = step(e, padded, tile.weight);
         write_part<X>(out, classes, &v);
       }
     }
@@ -228,14 +243,14 @@ struct ShortRows {
     };
     double loss = 0;
     if (simple(ctx)) {
-      loss = settle_simple(ctx, g, double(classes), scale_row);
+      loss = settle_simple(ctx, g, w_sum, scale_row);
       if (ctx.sparse && ctx.call.op != Op::stats) {
         const int64_t* index = ctx.target.index + first_row;
         for (int64_t i = 0; i < n; ++i)
           if (index[i] != ctx.target.ignore_index) tile.e[i * pitch + index[i]] -= g.take[i];
       }
     } else {
-      loss = settle_any(ctx, g, double(classes), scale_row,
+      loss = settle_any(ctx, g, w_sum, scale_row,
                         [&](int64_t i, int64_t c, A amount) { tile.e[i * pitch + c] -= amount; });
     }
     if (ctx.call.op != Op::grad) write_group_stats(ctx, g);
@@ -243,7 +258,8 @@ struct ShortRows {
     return loss;
   }
 
-  double run() const {
+  double run() {
+    for (int64_t c = 0; c < classes; ++c) w_sum += ctx.weight_of(c);
     int64_t height = kTileSize / pitch;
     height = height > kGroup ? kGroup : height >= 16 ? height / 16 * 16 : height;  // whole cache lines
     const int64_t tiles = (ctx.rows + height - 1) / height;
@@ -251,11 +267,13 @@ struct ShortRows {
     return sum_tasks(
         ctx.call.parallel, (tiles + per_task - 1) / per_task, [&](int64_t from, int64_t to, double* losses) {
           const size_t bytes = (sizeof(Tile) + 63) / 64 * 64;
-          char* memory =
-              static_cast<char*>(scratch(0, bytes + size_t(height * pitch) * (sizeof(A) + sizeof(Elem)) + 64));
+          char* memory = static_cast<char*>(scratch(
+              0, bytes + size_t((height + 1) * pitch) * sizeof(A) + size_t(height * pitch) * sizeof(Elem) + 64));
           Tile& tile = *reinterpret_cast<Tile*>(memory);
           tile.e = reinterpret_cast<A*>(memory + bytes);
-          tile.stage = reinterpret_cast<Elem*>(tile.e + height * pitch);
+          tile.weight = tile.e + height * pitch;
+          tile.stage = reinterpret_cast<Elem*>(tile.weight + pitch);
+          for (int64_t c = 0; kWeighted && c < pitch; ++c) tile.weight[c] = c < classes ? ctx.weight[c] : A(0);
           for (int64_t task = from; task < to; ++task) {
             losses[task] = 0;
             for (int64_t k = task * per_task; k < tiles && k < (task + 1) * per_task; ++k)
@@ -267,15 +285,22 @@ struct ShortRows {
 
 template <class A>
 inline bool short_rows_take(const Context<A>& ctx) {
-  return ctx.classes > 0 && ctx.classes <= kShort && takes_fast(ctx) && !ctx.teacher;
+  return ctx.classes > 0 && ctx.classes <= kShort && takes_contiguous(ctx) && !ctx.teacher;
+}
+
+template <class X, class D, Kind kKind>
+inline double run_short_rows(const Context<typename X::Acc>& ctx) {
+  if (weighs_classes(ctx)) return ShortRows<X, D, kKind, true>{ctx}.run();
+  return ShortRows<X, D, kKind, false>{ctx}.run();
 }
 
 template <class X>
 inline double run_short_rows(const Context<typename X::Acc>& ctx) {
   using Acc = FloatIO<typename X::Acc>;
   if (!ctx.sparse) {
-    if (ctx.target.dense.dtype == ctx.problem.logits.dtype) return ShortRows<X, X, Kind::probs>{ctx}.run();
-    return ShortRows<X, Acc, Kind::probs>{ctx}.run();
+    if (ctx.target.dense.dtype == ctx.problem.logits.dtype) return run_short_rows<X, X, Kind::probs>(ctx);
+    return run_short_rows<X, Acc, Kind::probs>(ctx);
   }
-  return ctx.has_base ? ShortRows<X, X, Kind::base>{ctx}.run() : ShortRows<X, X, Kind::entries>{ctx}.run();
+  if (ctx.has_base) return run_short_rows<X, X, Kind::base>(ctx);
+  return ShortRows<X, X, Kind::entries, false>{ctx}.run();
 }

@@ -195,14 +195,24 @@ inline Sweeps<typename X::Acc> fast_sweeps(const Context<typename X::Acc>& ctx) 
   return ctx.teacher ? Fast<X, FloatIO<A>, Kind::teacher>::sweeps() : Fast<X, FloatIO<A>, Kind::probs>::sweeps();
 }
 
-// Whether a call has only what the fast sweeps know.
+// Whether a call has no more than class weights besides what the fast sweeps know.
 template <class A>
-inline bool takes_fast(const Context<A>& ctx) {
+inline bool takes_contiguous(const Context<A>& ctx) {
   const bool strided = ctx.problem.inner != 1 || ctx.problem.logits.class_stride != 1 ||
                        (ctx.call.op != Op::stats && ctx.call.out.class_stride != 1) ||
                        (!ctx.sparse && ctx.target.dense.class_stride != 1);
-  const bool weighted = ctx.weight && (!ctx.sparse || ctx.has_base);
-  return !strided && !weighted && ctx.spec.softcap == 0 && !ctx.call.extras && ctx.call.coef_rows != 3;
+  return !strided && ctx.spec.softcap == 0 && !ctx.call.extras && ctx.call.coef_rows != 3;
+}
+
+// Whether class weights vary what is summed over the classes, rather than one entry's part alone.
+template <class A>
+inline bool weighs_classes(const Context<A>& ctx) {
+  return ctx.weight && (!ctx.sparse || ctx.has_base);
+}
+
+template <class A>
+inline bool takes_fast(const Context<A>& ctx) {
+  return takes_contiguous(ctx) && !weighs_classes(ctx);
 }
 
 template <class A>
