@@ -42,14 +42,19 @@ struct Planes {
     const int64_t n = g.n, stride = ctx.problem.logits.class_stride, dense_stride = ctx.target.dense.class_stride;
     for (int64_t i = 0; i < tile.pitch; ++i) g.e[i] = g.y[i] = g.t[i] = g.ty[i] = 0;
     V top = splat(A(-__builtin_inf()));
+    // The prefetch runs some classes ahead, and from the last ones into the neighbouring tile.
+    const int64_t run = n * int64_t(sizeof(Elem)) * (kDense ? 2 : 1), ahead = (kPrefetch + run - 1) / run;
     for (int64_t c = 0; c < ctx.classes; ++c) {
       const Elem* x = tile.x + c * stride;
       const Dense* d = kDense ? tile.d + c * dense_stride : nullptr;
       A* e_out = tile.e + c * tile.pitch;
       const A w = ctx.weight ? ctx.weight[c] : A(1);
-      const bool more = c + 1 < ctx.classes;
+      const bool wraps = c + ahead >= ctx.classes;
+      const int64_t coming = wraps ? (c + ahead) % ctx.classes : c + ahead, beside = wraps ? n : 0;
+      const Elem* next_x = tile.x + coming * stride + beside;
+      const Dense* next_d = kDense ? tile.d + coming * dense_stride + beside : nullptr;
       for (int64_t i = 0; i < n; i += kLane) {
-        if (more) __builtin_prefetch(x + stride + i);
+        __builtin_prefetch(next_x + i);
         V y = exp.affine(read_at<X>(x, i, n));
         if (shifted) y -= load<V>(g.shift + i);
         const V e = exp.exp(y);
@@ -60,7 +65,7 @@ struct Planes {
           if (w != 0) store(g.y + i, fma(y, splat(w), load<V>(g.y + i)));
         }
         if constexpr (kDense) {
-          if (more) __builtin_prefetch(d + dense_stride + i);
+          __builtin_prefetch(next_d + i);
           const V t = read_at<D>(d, i, n) * w, product = t * y;
           if (w != 0) store(g.y + i, fma(y, splat(w), load<V>(g.y + i)));
           store(g.t + i, load<V>(g.t + i) + t);
