@@ -208,8 +208,8 @@ class _Fused(torch.autograd.Function):
                     "softce: the gradient was written over the logits (Options(inplace=True)), so a second backward, "
                     "create_graph and gradients of the statistics have nothing left to read; use inplace=False for them"
                 )
-            unscaled = not dlogits.is_cuda and g_loss is not None and g_loss.item() == 1.0
-            return dlogits if unscaled else dlogits.mul_(g_loss), None
+            assert g_loss is not None
+            return _scaled(dlogits, g_loss, g_loss.item() if dlogits.device.type == "cpu" else None), None
         if not only_loss:
             return _vjp_by_statistics(ctx, g_loss, g_stats), None
         assert g_loss is not None
@@ -220,9 +220,14 @@ class _Fused(torch.autograd.Function):
             logits, call, (row_weight, _) = _restore(ctx)
             arguments = (logits, *call.target, row_weight, call.ignore_index, call.spec, ctx.mean, ctx.extras)
             dlogits = ops.row_fused(*arguments)[1]
-        if factor == 1.0:
-            return dlogits, None
-        return scale_(dlogits, g_loss) if dlogits.is_cuda else dlogits.mul_(g_loss), None
+        return _scaled(dlogits, g_loss, factor), None
+
+
+def _scaled(dlogits: Tensor, g_loss: Tensor, factor: float | None) -> Tensor:
+    """A ready gradient times the upstream one, over itself; ``factor``: the latter's value where it is known."""
+    if factor == 1.0:
+        return dlogits
+    return scale_(dlogits, g_loss) if dlogits.is_cuda else dlogits.mul_(g_loss)
 
 
 def _batched(grad: Tensor | None) -> bool:
