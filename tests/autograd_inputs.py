@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,3 +21,13 @@ TARGET_FORMS = pytest.mark.parametrize("target", [Y, T], ids=["indices", "probab
 
 def logits_of(w: Tensor) -> Tensor:
     return torch.ones(4, 3, dtype=D) @ w
+
+
+def assert_right_or_refused(gradient: Callable[[], Tensor], want: Tensor, *reasons: str) -> None:
+    """The gradient may be computed, and then it is right, or refused with a message that holds one of the reasons."""
+    try:
+        got = gradient()
+    except RuntimeError as error:
+        assert any(reason in str(error) for reason in reasons), error
+    else:
+        torch.testing.assert_close(got, want)
