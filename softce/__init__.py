@@ -8,10 +8,15 @@ from ._version import __version__
 from .binary import BCEWithLogitsLoss, binary_cross_entropy_with_logits
 from .functional import cross_entropy
 from .install import install, installed, uninstall
-from .linear_functional import LogProbs, linear_cross_entropy, linear_logprobs, plan
-from .linear_modules import LinearCrossEntropyLoss
-from .linear_plan import Plan
-from .linear_targets import LinearTeacher
+from .linear import (
+    LinearCrossEntropyLoss,
+    LinearTeacher,
+    LogProbs,
+    Plan,
+    linear_cross_entropy,
+    linear_logprobs,
+    plan,
+)
 from .losses import (
     LabelRelaxationLoss,
     LabelSmoothingCrossEntropy,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import softce
 from softce import Options
-from softce.linear_plan import Chunking
+from softce.linear.chunks import Chunking
 
 D = torch.float64
 N, H, V = 13, 6, 41
@@ -42,7 +42,7 @@ def chunked(chunk: tuple[int, int] | None) -> Iterator[None]:
     if chunk is None:
         yield
         return
-    with mock.patch("softce.linear.choose", lambda rows, classes, *_, tiles=True: _fit(chunk, classes, tiles)):
+    with mock.patch("softce.linear.loop.choose", lambda rows, classes, *_, tiles=True: _fit(chunk, classes, tiles)):
         yield
 
 
@@ -127,7 +127,7 @@ def test_dtypes(case: Case, chunk: tuple[int, int], dtype: torch.dtype, cpu_kern
 def test_chunks_without_kernels(case: Case, chunk: tuple[int, int]) -> None:
     """The chunk loop on the plain formula, which machines without a compiler take."""
     with (
-        mock.patch("softce.linear_call.use_kernel", lambda *_: False),
+        mock.patch("softce.linear.call.use_kernel", lambda *_: False),
         mock.patch.multiple("softce.ops", row_stats=None, row_grad_=None, row_fused_=None),
     ):
         compare(case, D, chunk, Options())

@@ -18,7 +18,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import softce
 from softce import Options
-from softce.linear_inputs import Tensors
+from softce.linear.inputs import Tensors
 
 Y = torch.arange(N)
 Y[3] = -100

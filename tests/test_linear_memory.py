@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import softce
-from softce import Options, linear_autograd
+from softce import Options
+from softce.linear import autograd
 
 N, H, V = 96, 8, 1000
 RUNS = {
-    "linear_stats": linear_autograd._run_stats,
-    "linear_gradients": linear_autograd._run_gradients,
-    "linear_fused": linear_autograd._run_fused,
+    "linear_stats": autograd._run_stats,
+    "linear_gradients": autograd._run_gradients,
+    "linear_fused": autograd._run_fused,
 }
 
 

@@ -10,21 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import linear_autograd, validate
-from .autograd import Call, transform_active
-from .compute import Request, fold_factor, reduced
-from .dispatch import _TRACED, PLAIN, is_plain, use_kernel
-from .layout import Layout
-from .linear_inputs import Tensors, Work, check_index
-from .linear_plan import work_dtype
-from .linear_rows import plain_target
-from .linear_targets import LinearTeacher, as_form
-from .ops import CORRECT, ENTROPY, LOSS, LSE, PHI_IDENTITY, TARGET_LOGP, KernelTarget, Spec, acc_dtype
-from .options import Options
-from .row_losses import RowLoss
-from .settings import FLOATS, Stats, cached_spec, check_row_weight, check_weight, make_spec
-from .target_rows import class_factor_rows, target_entropy
-from .targets import ClassProbabilities, Form, Target, Teacher
+from .. import validate
+from ..autograd import Call, transform_active
+from ..compute import Request, fold_factor, reduced
+from ..dispatch import _TRACED, PLAIN, is_plain, use_kernel
+from ..layout import Layout
+from ..ops import CORRECT, ENTROPY, LOSS, LSE, PHI_IDENTITY, TARGET_LOGP, KernelTarget, Spec, acc_dtype
+from ..options import Options
+from ..row_losses import RowLoss
+from ..settings import FLOATS, Stats, cached_spec, check_row_weight, check_weight, make_spec
+from ..target_rows import class_factor_rows, target_entropy
+from ..targets import ClassProbabilities, Form, Target, Teacher
+from . import autograd
+from .chunks import work_dtype
+from .inputs import Tensors, Work, check_index
+from .row_ops import plain_target
+from .targets import LinearTeacher, as_form
 
 _TEACHER_ELEMENTS = 1 << 20  # logits of a teacher that are held at a time where its entropy needs them itself
 
@@ -236,17 +237,17 @@ def loss_of(
     )
     stats: Tensor | None = None
     if one_go and plain:
-        loss, stats = linear_autograd.fused_loss(tensors, work, weights, reduction == "mean", ask.return_stats)
+        loss, stats = autograd.fused_loss(tensors, work, weights, reduction == "mean", ask.return_stats)
         if offset is not None:
             loss = loss - reduced(offset, stats, call, weights, reduction)
     elif one_go:
         wanted = (needs[0], needs[1], needs[2])
-        loss = linear_autograd.compiled_loss(tensors, work, weights, reduction == "mean", wanted)
+        loss = autograd.compiled_loss(tensors, work, weights, reduction == "mean", wanted)
     else:
         if by_formula:
-            stats = linear_autograd.formula_stats(tensors, work.ignore_index, spec, ask.return_stats)
+            stats = autograd.formula_stats(tensors, work.ignore_index, spec, ask.return_stats)
         else:
-            stats = linear_autograd.stats(tensors, work, ask.return_stats)
+            stats = autograd.stats(tensors, work, ask.return_stats)
         loss = stats[LOSS] if offset is None else stats[LOSS] - offset
         loss = reduced(loss, stats, call, weights, reduction, row_loss)
     if tensors.dense is not None and ask.options.validate:
@@ -319,5 +320,5 @@ def _entropy(tensors: Tensors, call: Call, options: Options, acc: torch.dtype) -
     maps = {"input": t.teacher_input, "linear_weight": t.teacher_weight, "linear_bias": t.teacher_bias}
     own = Tensors(**{**empty, **maps, "index": index})  # type: ignore[arg-type]
     work = Work(-1, Spec(temperature=call.spec.dense_temperature), options.memory_budget, use_kernel(t.input, options))
-    found = linear_autograd.stats(own, work, True)[ENTROPY].to(acc)
+    found = autograd.stats(own, work, True)[ENTROPY].to(acc)
     return found if t.target_rows is None else found.index_select(0, t.target_rows)

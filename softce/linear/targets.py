@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import Layout
-from .targets import ClassIndices, ClassProbabilities, Form, Target, Teacher
+from ..layout import Layout
+from ..targets import ClassIndices, ClassProbabilities, Form, Target, Teacher
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ classes. Its buffer is reused from block to block. With all classes in it one pa
 Tiles go over the weight twice, for the statistics of the rows and then, from logits that are computed again, for the
 gradients; a tile's part of ``dW`` is then written once. Rows that are ignored are dropped before the first product.
 
-Nothing here is differentiated: :mod:`softce.linear_autograd` is built on it.
+Nothing here is differentiated: :mod:`softce.linear.autograd` is built on it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, linear_rows, ops
-from .autograd import Call
-from .linear_inputs import Kept, Tensors, Work, keep_rows
-from .linear_map import Map
-from .linear_plan import Chunking, blocks, choose, costs, weight_tile, work_dtype
-from .ops import COUNT, DENSE_LOGITS, DENSE_PROBS, LOSS, LSE, Spec, acc_dtype
-from .reduction import reduce_rows
-from .row_losses import phi_of
-from .target_rows import counts
+from .. import autograd, ops
+from ..autograd import Call
+from ..ops import COUNT, DENSE_LOGITS, DENSE_PROBS, LOSS, LSE, Spec, acc_dtype
+from ..reduction import reduce_rows
+from ..row_losses import phi_of
+from ..target_rows import counts
+from . import row_ops
+from .chunks import Chunking, blocks, choose, costs, weight_tile, work_dtype
+from .inputs import Kept, Tensors, Work, keep_rows
+from .map import Map
 
 
 class Loop:
@@ -103,9 +104,9 @@ class Loop:
             if self.teacher_lse is not None:
                 dense = dense.div_(spec.dense_temperature).sub_(self.teacher_lse[self.a : self.b, None]).exp_()
                 spec = spec._replace(dense_kind=DENSE_PROBS)
-        target = linear_rows.rows_of(t.sparse, self.a, self.b)._replace(dense=dense)
+        target = row_ops.rows_of(t.sparse, self.a, self.b)._replace(dense=dense)
         call = Call(target, work.ignore_index, spec)
-        return linear_rows.tile_of(call, lo, hi, self.acc) if self.tiled else call
+        return row_ops.tile_of(call, lo, hi, self.acc) if self.tiled else call
 
     def _dense(self, lo: int, hi: int) -> Tensor:
         """Dense target values as they are where the kernels can read them, else in the second buffer."""
@@ -130,7 +131,7 @@ class Loop:
 
     def _teacher_lse(self) -> Tensor:
         temperature = self.work.spec.dense_temperature
-        parts = [linear_rows.row_lse(self._dense(lo, hi), temperature, self.work.kernel) for lo, hi in self.tiles()]
+        parts = [row_ops.row_lse(self._dense(lo, hi), temperature, self.work.kernel) for lo, hi in self.tiles()]
         return torch.logsumexp(torch.stack(parts), 0)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
@@ -167,13 +168,13 @@ def _stats(loop: Loop, extras: bool) -> Tensor:
 
 def _row_stats(loop: Loop, extras: bool) -> Tensor:
     classes = loop.tensors.classes
-    return linear_rows.row_stats(loop.logits(0, classes), loop.call(0, classes), extras, loop.work.kernel)
+    return row_ops.row_stats(loop.logits(0, classes), loop.call(0, classes), extras, loop.work.kernel)
 
 
 def _tile_stats(loop: Loop, extras: bool, a: int, b: int) -> Tensor:
     t, work = loop.tensors, loop.work
-    target = linear_rows.rows_of(t.sparse, a, b)
-    sums = linear_rows.TileSums(Call(target, work.ignore_index, work.spec), extras, work.kernel)
+    target = row_ops.rows_of(t.sparse, a, b)
+    sums = row_ops.TileSums(Call(target, work.ignore_index, work.spec), extras, work.kernel)
     for lo, hi in loop.tiles():
         sums.add(loop.logits(lo, hi), loop.call(lo, hi), lo)
     return sums.finish(counts(target, work.ignore_index, t.input.new_empty(b - a, dtype=loop.acc)))
@@ -190,7 +191,7 @@ def gradients(
     found, grad = kept.select(found), kept.select(grad.to(found.dtype))  # type: ignore[assignment]
     call = Call(tensors.sparse, work.ignore_index, work.spec)
     extras = found.shape[0] > ops.STATS
-    by_formula = any(needs[3:]) or (extras and not linear_rows.plain_target(call))
+    by_formula = any(needs[3:]) or (extras and not row_ops.plain_target(call))
     loop = Loop(kept.tensors, work, needs, tiles=not by_formula)
     if by_formula:
         return _formula_gradients(loop, kept, tensors, grad, needs, extras)
@@ -204,7 +205,7 @@ def _add_gradients(loop: Loop, lse: Tensor, coef: Tensor) -> None:
         row_lse, row_coef = lse[a:b].contiguous(), coef[:, a:b].contiguous()
         for lo, hi in loop.tiles():
             logits = loop.logits(lo, hi)
-            linear_rows.row_grad_(logits, row_lse, row_coef, loop.call(lo, hi), loop.work.kernel)
+            row_ops.row_grad_(logits, row_lse, row_coef, loop.call(lo, hi), loop.work.kernel)
             loop.student.add(lo, hi, logits)
 
 
@@ -309,9 +310,9 @@ def _fused_rows(loop: Loop, factor: Tensor, extras: bool) -> Tensor:
             arguments = (*call.target, factor[a:b].contiguous(), call.ignore_index, spec, False, extras)
             _, found[:, a:b] = ops.row_fused_(logits, *arguments)
         else:
-            rows = linear_rows.row_stats(logits, call, extras, False)
+            rows = row_ops.row_stats(logits, call, extras, False)
             coef = autograd._row_coefficients(rows[: ops.STATS], _slope(rows, factor[a:b], spec), spec)
-            linear_rows.row_grad_(logits, rows[LSE], coef, call, False)
+            row_ops.row_grad_(logits, rows[LSE], coef, call, False)
             found[:, a:b] = rows
         loop.student.add(0, classes, logits)
     return found

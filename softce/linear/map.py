@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .linear_plan import work_dtype
-from .ops import acc_dtype
+from ..ops import acc_dtype
+from .chunks import work_dtype
 
 
 class Map:

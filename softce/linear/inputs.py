@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import BAD_INDEX
-from .ops import KernelTarget, Spec
+from ..autograd import BAD_INDEX
+from ..ops import KernelTarget, Spec
 
 
 class Tensors(NamedTuple):

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import linear, ops, reference
-from .autograd import _batched
-from .backends.gpu import scale_
-from .linear_inputs import Tensors, Work
-from .ops import COUNT, LOSS, KernelTarget, Spec, acc_dtype
-from .reduction import reduce_rows
-from .row_losses import phi_of
+from .. import ops, reference
+from ..autograd import _batched
+from ..backends.gpu import scale_
+from ..ops import COUNT, LOSS, KernelTarget, Spec, acc_dtype
+from ..reduction import reduce_rows
+from ..row_losses import phi_of
+from . import loop
+from .inputs import Tensors, Work
 
 _N = len(Tensors._fields)
 
@@ -107,20 +108,20 @@ def _unpack(args: tuple[Any, ...]) -> tuple[Tensors, Work, tuple[Any, ...]]:
 def _run_stats(*args: Any) -> Tensor:
     tensors, work, (extras,) = _unpack(args)
     with torch.no_grad(), _no_autocast(tensors.input):
-        return linear.stats(tensors, work, extras)
+        return loop.stats(tensors, work, extras)
 
 
 def _run_gradients(*args: Any) -> list[Tensor]:
     tensors, work, (stats, grad, needs) = _unpack(args)
     with torch.no_grad(), _no_autocast(tensors.input):
-        found = linear.gradients(tensors, work, stats, grad, tuple(needs))
+        found = loop.gradients(tensors, work, stats, grad, tuple(needs))
     return [g.to(x.dtype) for g, x in zip(found, tensors, strict=True) if g is not None and x is not None]
 
 
 def _run_fused(*args: Any) -> tuple[Tensor, ...]:
     tensors, work, (row_weight, mean, needs) = _unpack(args)
     with torch.no_grad(), _no_autocast(tensors.input):
-        loss, stats, *grads = linear.fused(tensors, work, row_weight, mean, False, tuple(needs))
+        loss, stats, *grads = loop.fused(tensors, work, row_weight, mean, False, tuple(needs))
     return loss, stats, *(loss.new_empty(0) if g is None else g for g in grads)
 
 
@@ -250,7 +251,7 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tensors = Tensors(input, linear_weight, linear_bias, *rest)
         with _no_autocast(input):
-            loss, stats, *ctx.grads = linear.fused(tensors, work, row_weight, mean, extras, ctx.needs_input_grad[:3])
+            loss, stats, *ctx.grads = loop.fused(tensors, work, row_weight, mean, extras, ctx.needs_input_grad[:3])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, row_weight, stats)
         ctx.work, ctx.mean, ctx.extras = work, mean, extras
@@ -272,7 +273,7 @@ class _Fused(torch.autograd.Function):
         else:
             if grads is None:  # a second backward: the first one gave the gradients away
                 with _no_autocast(t.input):
-                    grads = linear.fused(t, ctx.work, row_weight, ctx.mean, ctx.extras, needs)[2:]
+                    grads = loop.fused(t, ctx.work, row_weight, ctx.mean, ctx.extras, needs)[2:]
             found = tuple(_scaled(g, g_loss, x) for g, x in zip(grads, t, strict=False))
         return (*found, *(None,) * 5)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import acc_dtype
+from ..ops import acc_dtype
 
 # Rows a chunk for efficient matrix products: for every chunk the weight is read twice and its gradient read and
 # written once, which the products must outweigh.

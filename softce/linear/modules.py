@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linear_functional import linear_cross_entropy
-from .modules import hold_extras, keyword_defaults
-from .settings import Stats
-from .targets import Target
+from ..modules import hold_extras, keyword_defaults
+from ..settings import Stats
+from ..targets import Target
+from .functional import linear_cross_entropy
 
 # What the module takes from the call, or has arguments of its own for, as torch's module does.
 _OWN = ("linear_bias", "weight", "reduction", "ignore_index", "label_smoothing", "row_weight")

@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .autograd import Call
-from .ops import (
+from .. import ops, reference
+from ..autograd import Call
+from ..ops import (
     ENTROPY,
     LOSS,
     LSE,

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import validate
-from .compute import Request
-from .functional import cross_entropy
-from .linear_call import LinearMap, Rows, autocast, loss_of
-from .linear_inputs import check_index
-from .linear_plan import Plan, check_budget, plan_of, work_dtype
-from .linear_targets import LinearTeacher, as_form, check_linear
-from .ops import DENSE_PROBS
-from .options import DEFAULT, Options
-from .row_losses import RowLoss
-from .settings import Stats, check_extras, check_row_weight, check_types, check_weight, make_spec
-from .targets import ClassIndices, ClassProbabilities, Target, Teacher, as_target
+from .. import validate
+from ..compute import Request
+from ..functional import cross_entropy
+from ..ops import DENSE_PROBS
+from ..options import DEFAULT, Options
+from ..row_losses import RowLoss
+from ..settings import Stats, check_extras, check_row_weight, check_types, check_weight, make_spec
+from ..targets import ClassIndices, ClassProbabilities, Target, Teacher, as_target
+from .call import LinearMap, Rows, autocast, loss_of
+from .chunks import Plan, check_budget, plan_of, work_dtype
+from .inputs import check_index
+from .targets import LinearTeacher, as_form, check_linear
 
 
 class LogProbs(NamedTuple):
