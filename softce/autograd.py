@@ -51,7 +51,7 @@ def reraise(error: RuntimeError) -> None:
         raise IndexError(f"{BAD_INDEX}: {str(error).splitlines()[0]}; classes go from 0 to C - 1") from None
 
 
-def _row_coefficients(stats: Tensor, grad: Tensor, spec: Spec) -> Tensor:
+def row_coefficients(stats: Tensor, grad: Tensor, spec: Spec) -> Tensor:
     """``row_grad``'s coefficients for the gradient ``grad`` of the statistics: rows A, D and, with extras, B."""
     lse, mass, g_loss = stats[LSE], stats[MASS], grad[LOSS]
     a = g_loss * (mass + 2.0 * spec.z_loss * lse) + grad[LSE]
@@ -68,7 +68,7 @@ def _plain(call: Call) -> bool:
     return call.spec.mix_a == 1.0 and call.spec.mix_b == 0.0 and call.target.weight is None
 
 
-def _reference_vjp(
+def reference_vjp(
     logits: Tensor, call: Call, grad: Tensor, needs: tuple[bool, ...], extras: bool
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``reference.row_stats`` for the logits and the five target tensors, where ``needs`` asks."""
@@ -100,8 +100,8 @@ def _stats_vjp(
     differentiable_again = torch.is_grad_enabled() or transform_active()
     by_formula = differentiable_again or any(needs[1:]) or (extras and not _plain(call))
     if by_formula:
-        return _reference_vjp(logits, call, grad, needs, extras)
-    coef = _row_coefficients(stats, grad, call.spec)
+        return reference_vjp(logits, call, grad, needs, extras)
+    coef = row_coefficients(stats, grad, call.spec)
     arguments = (logits, stats[LSE], coef, *call.target, call.ignore_index, call.spec)
     if inplace:
         ops.row_grad_(*arguments)
@@ -201,7 +201,7 @@ class _Fused(torch.autograd.Function):
         dlogits, ctx.dlogits = ctx.dlogits, None
         if g_loss is None and g_stats is None:
             return None, None
-        only_loss = g_stats is None and not torch.is_grad_enabled() and not _batched(g_loss)
+        only_loss = g_stats is None and not torch.is_grad_enabled() and not is_batched(g_loss)
         if ctx.inplace:
             if dlogits is None or not only_loss:
                 raise RuntimeError(
@@ -230,7 +230,7 @@ def _scaled(dlogits: Tensor, g_loss: Tensor, factor: float | None) -> Tensor:
     return scale_(dlogits, g_loss) if dlogits.is_cuda else dlogits.mul_(g_loss)
 
 
-def _batched(grad: Tensor | None) -> bool:
+def is_batched(grad: Tensor | None) -> bool:
     """True for gradients under ``torch.func`` or ``autograd.grad(is_grads_batched=True)``: they have no one value."""
     return transform_active() or (grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad))
 

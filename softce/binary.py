@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import _reduction
 
 from . import validate
-from .autograd import _batched
+from .autograd import is_batched
 from .dispatch import is_plain, reasons_against_kernels
 from .ops import acc_dtype
 from .options import DEFAULT, Options
@@ -225,7 +225,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         grad, ctx.grad = ctx.grad, None
         input, target, weight, pos_weight = ctx.saved_tensors
-        if torch.is_grad_enabled() or _batched(upstream):
+        if torch.is_grad_enabled() or is_batched(upstream):
             with torch.enable_grad():
                 x = input.view_as(input)
                 loss = formula(x, target, weight, pos_weight, ctx.mixed, acc_dtype(x.dtype)).sum() * ctx.scale

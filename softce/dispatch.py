@@ -15,7 +15,7 @@ from .autograd import transform_active
 from .options import Options
 
 PLAIN = (Tensor, torch.nn.Parameter)
-_TRACED = (FakeTensor, FunctionalTensor)  # what tracers pass: they record the operators
+TRACED = (FakeTensor, FunctionalTensor)  # what tracers pass: they record the operators
 
 # Backends that can serve a device, best first.
 _FOR_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "meta": ("cpu",)}
@@ -32,7 +32,7 @@ def reasons_against_kernels(x: Tensor) -> list[str]:
     """Why no kernel can take logits like ``x``; empty if one can."""
     if transform_active():
         return ["a forward-mode AD level or torch.func transform is active"]
-    if type(x) not in PLAIN and not isinstance(x, _TRACED) and not torch.compiler.is_compiling():
+    if type(x) not in PLAIN and not isinstance(x, TRACED) and not torch.compiler.is_compiling():
         return [f"no kernel for the tensor subclass {type(x).__name__}"]
     device = x.device.type
     if device == "meta":

@@ -71,9 +71,9 @@ SCHEMAS = (
     f"row_fused_(Tensor(a!) logits, {_FUSED}) -> (Tensor loss, Tensor stats)",
 )
 
-_library = torch.library.Library("softce", "DEF")
+library = torch.library.Library("softce", "DEF")
 for _schema in SCHEMAS:
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -90,28 +90,28 @@ def _fake_stats(logits: Tensor, extras: bool) -> Tensor:
     return logits.new_empty((STATS_EXTRA if extras else STATS, rows_of(logits)), dtype=acc_dtype(logits.dtype))
 
 
-@torch.library.register_fake("softce::row_stats", lib=_library)
+@torch.library.register_fake("softce::row_stats", lib=library)
 def _(logits, index, value, rest, dense, weight, ignore_index, spec, extras):  # type: ignore[no-untyped-def]
     return _fake_stats(logits, extras)
 
 
-@torch.library.register_fake("softce::row_grad", lib=_library)
+@torch.library.register_fake("softce::row_grad", lib=library)
 def _(logits, lse, coef, index, value, rest, dense, weight, ignore_index, spec):  # type: ignore[no-untyped-def]
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("softce::row_grad_", lib=_library)
+@torch.library.register_fake("softce::row_grad_", lib=library)
 def _(logits, lse, coef, index, value, rest, dense, weight, ignore_index, spec):  # type: ignore[no-untyped-def]
     return None
 
 
-@torch.library.register_fake("softce::row_fused", lib=_library)
+@torch.library.register_fake("softce::row_fused", lib=library)
 def _(logits, index, value, rest, dense, weight, row_weight, ignore_index, spec, mean, extras):  # type: ignore[no-untyped-def]
     loss = logits.new_empty((), dtype=acc_dtype(logits.dtype))
     return loss, logits.new_empty(logits.shape), _fake_stats(logits, extras)
 
 
-@torch.library.register_fake("softce::row_fused_", lib=_library)
+@torch.library.register_fake("softce::row_fused_", lib=library)
 def _(logits, index, value, rest, dense, weight, row_weight, ignore_index, spec, mean, extras):  # type: ignore[no-untyped-def]
     return logits.new_empty((), dtype=acc_dtype(logits.dtype)), _fake_stats(logits, extras)
 

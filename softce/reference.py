@@ -90,7 +90,7 @@ def row_stats(
         index = torch.where(padding, 0, target.index) if classes else (~padding).long()
         value = torch.ones((), dtype=acc, device=x.device) if target.value is None else target.value
         value = torch.where(padding, 0.0, value)
-        best = _argmax_sparse(index, value) if extras else None
+        best = argmax_sparse(index, value) if extras else None
         some = y if classes else y.new_zeros(y.shape[0], 1)
         single = index.shape[1] == 1
         of_entry = weight[index] if weight is not None and classes and single else None
@@ -125,7 +125,7 @@ def row_stats(
     return torch.stack(rows)
 
 
-def _argmax_sparse(index: Tensor, value: Tensor) -> Tensor:
+def argmax_sparse(index: Tensor, value: Tensor) -> Tensor:
     """The class with the largest accumulated value of each row of a sparse target; the smaller class on a tie."""
     value = value.detach()
     same = index[:, :, None] == index[:, None, :]

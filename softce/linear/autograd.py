@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
-from ..autograd import _batched
+from ..autograd import is_batched
 from ..backends.gpu import scale_
 from ..ops import COUNT, LOSS, KernelTarget, Spec, acc_dtype
 from ..reduction import reduce_rows
@@ -75,7 +75,7 @@ def _stats_vjp(
     tensors: Tensors, work: Work, stats: Tensor, grad: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the statistics for each of the tensors, in their dtypes."""
-    if torch.is_grad_enabled() or _batched(grad):
+    if torch.is_grad_enabled() or is_batched(grad):
         return _formula_vjp(tensors, work, stats.shape[0] > ops.STATS, grad, needs)
     found = iter(torch.ops.softce.linear_gradients(*tensors, *_packed(work), stats, grad, needs))
     return tuple(next(found) if need else None for need in needs)
@@ -97,7 +97,7 @@ SCHEMAS = (
     "(Tensor loss, Tensor stats, Tensor dinput, Tensor dweight, Tensor dbias)",
 )
 for _schema in SCHEMAS:
-    ops._library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    ops.library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _unpack(args: tuple[Any, ...]) -> tuple[Tensors, Work, tuple[Any, ...]]:
@@ -151,8 +151,8 @@ for _name, _run, _fake in (
     ("linear_gradients", _run_gradients, _fake_gradients),
     ("linear_fused", _run_fused, _fake_fused),
 ):
-    ops._library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"softce::{_name}", _fake, lib=ops._library)
+    ops.library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"softce::{_name}", _fake, lib=ops.library)
 
 
 def _save(ctx: Any, args: tuple[Any, ...], *more: Tensor | None) -> tuple[Any, ...]:
@@ -268,7 +268,7 @@ class _Fused(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if g_loss is None and g_stats is None:
             pass
-        elif g_loss is None or g_stats is not None or torch.is_grad_enabled() or _batched(g_loss):
+        elif g_loss is None or g_stats is not None or torch.is_grad_enabled() or is_batched(g_loss):
             found = _again(t, ctx.work, row_weight, ctx.mean, stats, g_loss, g_stats, needs)
         else:
             if grads is None:  # a second backward: the first one gave the gradients away

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import validate
 from ..autograd import Call, transform_active
 from ..compute import Request, fold_factor, reduced
-from ..dispatch import _TRACED, PLAIN, is_plain, use_kernel
+from ..dispatch import PLAIN, TRACED, is_plain, use_kernel
 from ..layout import Layout
 from ..ops import CORRECT, ENTROPY, LOSS, LSE, PHI_IDENTITY, TARGET_LOGP, KernelTarget, Spec, acc_dtype
 from ..options import Options
@@ -276,7 +276,7 @@ def _by_formula(tensors: Tensors, options: Options) -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    return any(x is not None and type(x) not in PLAIN and not isinstance(x, _TRACED) for x in tensors)
+    return any(x is not None and type(x) not in PLAIN and not isinstance(x, TRACED) for x in tensors)
 
 
 def _check_index(tensors: Tensors, ignore_index: int) -> None:

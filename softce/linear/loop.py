@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import autograd, ops
-from ..autograd import Call
+from .. import ops
+from ..autograd import Call, reference_vjp, row_coefficients
 from ..ops import COUNT, DENSE_LOGITS, DENSE_PROBS, LOSS, LSE, Spec, acc_dtype
 from ..reduction import reduce_rows
 from ..row_losses import phi_of
@@ -195,7 +195,7 @@ def gradients(
     loop = Loop(kept.tensors, work, needs, tiles=not by_formula)
     if by_formula:
         return _formula_gradients(loop, kept, tensors, grad, needs, extras)
-    coef = autograd._row_coefficients(found, grad, work.spec)
+    coef = row_coefficients(found, grad, work.spec)
     _add_gradients(loop, found[LSE], coef)
     return loop.gradients()
 
@@ -223,7 +223,7 @@ def _formula_gradients(
     parts: dict[int, list[Tensor]] = {4: [], 5: []}
     for a, b in loop.rows():
         logits, call = loop.logits(0, classes), loop.call(0, classes)
-        dlogits, _, dvalue, drest, ddense, dweight = autograd._reference_vjp(logits, call, grad[:, a:b], wanted, extras)
+        dlogits, _, dvalue, drest, ddense, dweight = reference_vjp(logits, call, grad[:, a:b], wanted, extras)
         if dlogits is not None:
             loop.student.add(0, classes, dlogits)
         for field, part in ((4, dvalue), (5, drest)):
@@ -268,7 +268,7 @@ def fused(
     if loop.tiled:
         found = _stats(loop, extras)
         slope = _slope(found, factor, spec)
-        _add_gradients(loop, found[LSE], autograd._row_coefficients(found[: ops.STATS], slope, spec))
+        _add_gradients(loop, found[LSE], row_coefficients(found[: ops.STATS], slope, spec))
     else:
         found = _fused_rows(loop, factor, extras)
     loss = _reduce(found, weights, mean, spec)
@@ -311,7 +311,7 @@ def _fused_rows(loop: Loop, factor: Tensor, extras: bool) -> Tensor:
             _, found[:, a:b] = ops.row_fused_(logits, *arguments)
         else:
             rows = row_ops.row_stats(logits, call, extras, False)
-            coef = autograd._row_coefficients(rows[: ops.STATS], _slope(rows, factor[a:b], spec), spec)
+            coef = row_coefficients(rows[: ops.STATS], _slope(rows, factor[a:b], spec), spec)
             row_ops.row_grad_(logits, rows[LSE], coef, call, False)
             found[:, a:b] = rows
         loop.student.add(0, classes, logits)

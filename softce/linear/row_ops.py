@@ -191,7 +191,7 @@ class TileSums:
         else:
             padding = index == self.call.ignore_index
             value = torch.ones_like(index, dtype=gap.dtype) if value is None else value
-            want = reference._argmax_sparse(torch.where(padding, 0, index), torch.where(padding, 0.0, value))
+            want = reference.argmax_sparse(torch.where(padding, 0, index), torch.where(padding, 0.0, value))
         return [logp.sum(0), entropy.sum(0), (_overall(self.best) == want).to(gap.dtype)]
 
 
