@@ -14,6 +14,7 @@ Both fall back to the reference formula for what a kernel cannot give: second de
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +22,8 @@ from torch import Tensor
 
 from . import ops, reference
 from .backends.gpu import scale_
-from .ops import COUNT, ENTROPY, LOSS, LSE, MASS, STATS, TARGET_LOGP, KernelTarget, Spec
-from .reduction import reduce_rows
-from .row_losses import phi_of
+from .ops import ENTROPY, LOSS, LSE, MASS, STATS, TARGET_LOGP, KernelTarget, Spec
+from .reduction import reduce_stats
 
 BAD_INDEX = "softce: target out of range"
 
@@ -63,28 +63,37 @@ def row_coefficients(stats: Tensor, grad: Tensor, spec: Spec) -> Tensor:
     return torch.stack((a, g_loss - g_logp, -g_entropy))
 
 
-def _plain(call: Call) -> bool:
-    """True where q = t, so that the target's log-probability needs no second kernel call."""
+def plain_target(call: Call) -> bool:
+    """True where q = t, no smoothing and no class weights: the target's log-probability needs no second kernel call."""
     return call.spec.mix_a == 1.0 and call.spec.mix_b == 0.0 and call.target.weight is None
+
+
+def formula_vjp(
+    formula: Callable[..., Tensor], tensors: Iterable[Tensor | None], grad: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``formula(*tensors)`` where ``needs`` asks, themselves differentiable where grad mode is on."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Fresh aliases, so that the inner graph ends here; under create_graph they lead on to the saved tensors.
+        aliases = [None if t is None else t.view_as(t) if create_graph else t.detach() for t in tensors]
+        wanted = [a for a, need in zip(aliases, needs, strict=True) if need and a is not None]
+        for alias in wanted:
+            if not alias.requires_grad:
+                alias.requires_grad_()
+        made = formula(*aliases)
+        found = iter(torch.autograd.grad(made, wanted, grad, create_graph=create_graph, allow_unused=True))
+    return tuple(next(found) if need and a is not None else None for a, need in zip(aliases, needs, strict=True))
 
 
 def reference_vjp(
     logits: Tensor, call: Call, grad: Tensor, needs: tuple[bool, ...], extras: bool
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``reference.row_stats`` for the logits and the five target tensors, where ``needs`` asks."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Fresh aliases, so that the inner graph ends here; under create_graph they lead on to the saved tensors.
-        inputs = [t.view_as(t) if create_graph else t.detach() for t in (logits, *call.target) if t is not None]
-        given = iter(inputs)
-        aliases = [None if t is None else next(given) for t in (logits, *call.target)]
-        wanted = [a for a, need in zip(aliases, needs, strict=True) if need and a is not None]
-        for alias in wanted:
-            if not alias.requires_grad:
-                alias.requires_grad_()
-        stats = reference.row_stats(inputs[0], KernelTarget(*aliases[1:]), call.ignore_index, call.spec, extras)
-        found = iter(torch.autograd.grad(stats, wanted, grad, create_graph=create_graph, allow_unused=True))
-    return tuple(next(found) if need and a is not None else None for a, need in zip(aliases, needs, strict=True))
+
+    def formula(logits: Tensor, *target: Tensor | None) -> Tensor:
+        return reference.row_stats(logits, KernelTarget(*target), call.ignore_index, call.spec, extras)
+
+    return formula_vjp(formula, (logits, *call.target), grad, needs)
 
 
 def _stats_vjp(
@@ -98,7 +107,7 @@ def _stats_vjp(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the statistics for the logits and the five target tensors."""
     differentiable_again = torch.is_grad_enabled() or transform_active()
-    by_formula = differentiable_again or any(needs[1:]) or (extras and not _plain(call))
+    by_formula = differentiable_again or any(needs[1:]) or (extras and not plain_target(call))
     if by_formula:
         return reference_vjp(logits, call, grad, needs, extras)
     coef = row_coefficients(stats, grad, call.spec)
@@ -254,15 +263,7 @@ def _vjp_by_statistics(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) 
             stats = reference.row_stats(source, call.target, call.ignore_index, call.spec, ctx.extras)
         else:
             source = stats = saved.detach().requires_grad_()
-        loss = reduce_rows(
-            stats[LOSS],
-            stats[COUNT],
-            phi=phi_of(call.spec),
-            row_weight=row_weight,
-            reduction="mean" if ctx.mean else "sum",
-            scale=call.spec.scale,
-            empty_zero=bool(call.spec.empty_zero),
-        )
+        loss = reduce_stats(stats, call.spec, row_weight, ctx.mean)
         pairs = [(out, g) for out, g in ((loss, g_loss), (stats, g_stats)) if g is not None]
         outputs, grads = zip(*pairs, strict=True)
         (grad,) = torch.autograd.grad(outputs, source, grads, create_graph=create_graph)

@@ -18,7 +18,7 @@ from .layout import Layout, layout_of, per_row
 from .ops import CORRECT, COUNT, ENTROPY, LOSS, LSE, MASS, PHI_IDENTITY, TARGET_LOGP, KernelTarget, acc_dtype
 from .options import Options
 from .probs import log_probabilities
-from .reduction import reduce_rows
+from .reduction import per_mean, reduce_rows
 from .row_losses import RowLoss, without_factor
 from .settings import FLOATS, Stats, cached_spec, check_row_weight, default_loss_dtype, make_spec
 from .target_rows import class_factor_rows, counts, target_entropy
@@ -213,9 +213,7 @@ def fold_factor(factor: Tensor, call: Call, rows: Tensor | None, reduction: str)
     if reduction != "mean" or factor.shape[0] == 0:
         return factor, reduction
     count = counts(call.target, call.ignore_index, factor)
-    total = (count if rows is None else count * rows).sum()
-    factor = factor / total
-    return torch.where(total == 0, 0.0, factor) if call.spec.empty_zero else factor, "sum"
+    return per_mean(factor, count, rows, call.spec), "sum"
 
 
 def _row_weight(row_weight: Tensor, layout: Layout, device: torch.device, acc: torch.dtype) -> Tensor:

@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .ops import COUNT, LOSS, Spec
+from .row_losses import phi_of
+
 Phi = Callable[[Tensor], Tensor]
 
 
@@ -50,3 +53,23 @@ def reduce_rows(
         total = count.sum()
         loss = torch.where(total == 0, 0.0, loss / torch.where(total == 0, 1.0, total)) if empty_zero else loss / total
     return loss if scale == 1.0 else loss * scale
+
+
+def reduce_stats(stats: Tensor, spec: Spec, row_weight: Tensor | None, mean: bool) -> Tensor:
+    """The mean or sum over rows with the statistics ``stats``, by the scalars ``spec``."""
+    return reduce_rows(
+        stats[LOSS],
+        stats[COUNT],
+        phi=phi_of(spec),
+        row_weight=row_weight,
+        reduction="mean" if mean else "sum",
+        scale=spec.scale,
+        empty_zero=bool(spec.empty_zero),
+    )
+
+
+def per_mean(factor: Tensor, count: Tensor, row_weight: Tensor | None, spec: Spec) -> Tensor:
+    """``factor``, ``(R,)``, divided by what a mean divides by: a sum with it is that mean."""
+    total = (count if row_weight is None else count * row_weight).sum()
+    factor = factor / total
+    return torch.where(total == 0, 0.0, factor) if spec.empty_zero else factor

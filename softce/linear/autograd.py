@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
-from ..autograd import is_batched
+from ..autograd import formula_vjp, is_batched
 from ..backends.gpu import scale_
-from ..ops import COUNT, LOSS, KernelTarget, Spec, acc_dtype
-from ..reduction import reduce_rows
-from ..row_losses import phi_of
+from ..ops import KernelTarget, Spec, acc_dtype
+from ..reduction import reduce_stats
 from . import loop
 from .inputs import Tensors, Work
 
@@ -59,16 +58,11 @@ def _formula_vjp(
     tensors: Tensors, work: Work, extras: bool, grad: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the statistics by the formula, themselves differentiable where grad mode is on."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        aliases = [None if x is None else x.view_as(x) if create_graph else x.detach() for x in tensors]
-        wanted = [x for x, need in zip(aliases, needs, strict=True) if need and x is not None]
-        for x in wanted:
-            if not x.requires_grad:
-                x.requires_grad_()
-        stats = formula_stats(Tensors(*aliases), work.ignore_index, work.spec, extras)  # type: ignore[arg-type]
-        found = iter(torch.autograd.grad(stats, wanted, grad, create_graph=create_graph, allow_unused=True))
-    return tuple(next(found) if need and x is not None else None for x, need in zip(aliases, needs, strict=True))
+
+    def formula(*aliases: Any) -> Tensor:
+        return formula_stats(Tensors(*aliases), work.ignore_index, work.spec, extras)
+
+    return formula_vjp(formula, tensors, grad, needs)
 
 
 def _stats_vjp(
@@ -215,15 +209,7 @@ def _again(
             source = stats = formula_stats(aliases, work.ignore_index, work.spec, extras)
         else:
             source = stats = saved.detach().requires_grad_()
-        loss = reduce_rows(
-            stats[LOSS],
-            stats[COUNT],
-            phi=phi_of(work.spec),
-            row_weight=row_weight,
-            reduction="mean" if mean else "sum",
-            scale=work.spec.scale,
-            empty_zero=bool(work.spec.empty_zero),
-        )
+        loss = reduce_stats(stats, work.spec, row_weight, mean)
         pairs = [(out, g) for out, g in ((loss, g_loss), (stats, g_stats)) if g is not None]
         outputs, grads = zip(*pairs, strict=True)
         if create_graph:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import validate
-from ..autograd import Call, transform_active
+from ..autograd import Call, plain_target, transform_active
 from ..compute import Request, fold_factor, reduced
 from ..dispatch import PLAIN, TRACED, is_plain, use_kernel
 from ..layout import Layout
@@ -24,7 +24,6 @@ from ..targets import ClassProbabilities, Form, Target, Teacher
 from . import autograd
 from .chunks import work_dtype
 from .inputs import Tensors, Work, check_index
-from .row_ops import plain_target
 from .targets import LinearTeacher, as_form
 
 _TEACHER_ELEMENTS = 1 << 20  # logits of a teacher that are held at a time where its entropy needs them itself

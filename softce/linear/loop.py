@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..autograd import Call, reference_vjp, row_coefficients
-from ..ops import COUNT, DENSE_LOGITS, DENSE_PROBS, LOSS, LSE, Spec, acc_dtype
-from ..reduction import reduce_rows
+from ..autograd import Call, plain_target, reference_vjp, row_coefficients
+from ..ops import DENSE_LOGITS, DENSE_PROBS, LOSS, LSE, Spec, acc_dtype
+from ..reduction import per_mean, reduce_stats
 from ..row_losses import phi_of
 from ..target_rows import counts
 from . import row_ops
@@ -191,7 +191,7 @@ def gradients(
     found, grad = kept.select(found), kept.select(grad.to(found.dtype))  # type: ignore[assignment]
     call = Call(tensors.sparse, work.ignore_index, work.spec)
     extras = found.shape[0] > ops.STATS
-    by_formula = any(needs[3:]) or (extras and not row_ops.plain_target(call))
+    by_formula = any(needs[3:]) or (extras and not plain_target(call))
     loop = Loop(kept.tensors, work, needs, tiles=not by_formula)
     if by_formula:
         return _formula_gradients(loop, kept, tensors, grad, needs, extras)
@@ -271,20 +271,8 @@ def fused(
         _add_gradients(loop, found[LSE], row_coefficients(found[: ops.STATS], slope, spec))
     else:
         found = _fused_rows(loop, factor, extras)
-    loss = _reduce(found, weights, mean, spec)
+    loss = reduce_stats(found, spec, weights, mean)
     return Fused(loss, kept.spread(found, tensors.row_count), *loop.student.finish())
-
-
-def _reduce(found: Tensor, weights: Tensor | None, mean: bool, spec: Spec) -> Tensor:
-    return reduce_rows(
-        found[LOSS],
-        found[COUNT],
-        phi=phi_of(spec),
-        row_weight=weights,
-        reduction="mean" if mean else "sum",
-        scale=spec.scale,
-        empty_zero=bool(spec.empty_zero),
-    )
 
 
 def _slope(found: Tensor, factor: Tensor, spec: Spec) -> Tensor:
@@ -328,6 +316,4 @@ def _row_factor(t: Tensors, work: Work, weights: Tensor | None, mean: bool, acc:
     if not mean:
         return factor
     count = counts(t.sparse, work.ignore_index, factor)
-    total = (count if weights is None else count * weights).sum()
-    factor = factor / total
-    return torch.where(total == 0, 0.0, factor) if work.spec.empty_zero else factor
+    return per_mean(factor, count, weights, work.spec)

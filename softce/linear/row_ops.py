@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
-from ..autograd import Call
+from ..autograd import Call, plain_target
 from ..ops import (
     ENTROPY,
     LOSS,
@@ -113,11 +113,6 @@ def _plain_grad(logits: Tensor, lse: Tensor, coef: Tensor, call: Call) -> Tensor
     if spec.softcap:
         grad = grad * (1 - torch.tanh(x / spec.softcap) ** 2)
     return torch.where((coef == 0).all(0)[:, None], 0.0, grad * slope)
-
-
-def plain_target(call: Call) -> bool:
-    """Whether ``q = t``: no smoothing and no class weights."""
-    return call.spec.mix_a == 1.0 and call.spec.mix_b == 0.0 and call.target.weight is None
 
 
 def tile_of(call: Call, lo: int, hi: int, acc: torch.dtype) -> Call:
