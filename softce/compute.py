@@ -15,14 +15,14 @@ from .autograd import Call, fused_loss, reraise, row_stats
 from .backends import gpu
 from .dispatch import is_plain, use_kernel
 from .layout import Layout, layout_of, per_row
-from .ops import CORRECT, COUNT, ENTROPY, LOSS, LSE, MASS, PHI_IDENTITY, TARGET_LOGP, KernelTarget, acc_dtype
+from .ops import CORRECT, COUNT, ENTROPY, LOSS, LSE, MASS, PHI_IDENTITY, TARGET_LOGP, KernelTarget, Spec, acc_dtype
 from .options import Options
 from .probs import log_probabilities
 from .reduction import per_mean, reduce_rows
 from .row_losses import RowLoss, without_factor
 from .settings import FLOATS, Stats, cached_spec, check_row_weight, default_loss_dtype, make_spec
 from .target_rows import class_factor_rows, counts, target_entropy
-from .targets import ClassIndices, ClassProbabilities, Target
+from .targets import ClassIndices, ClassProbabilities, Form, Target
 
 
 class Request(NamedTuple):
@@ -70,37 +70,20 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
     acc = acc_dtype(dtype)
     layout = layout_of(input)
     logits = layout.block(input)
-    target, dense_kind, dense_temperature, ignore_index, scale, divergence = form.kernel_form(
-        layout, acc, dtype, ask.ignore_index
-    )
+    kernel_form = form.kernel_form(layout, acc, dtype, ask.ignore_index)
+    target, ignore_index = kernel_form.target, kernel_form.ignore_index
     if weight is not None:
         target = target._replace(weight=weight.to(acc).contiguous())
-    row_loss, reduction = ask.row_loss, ask.reduction
+    reduction = ask.reduction
     rows = None if ask.row_weight is None else _row_weight(ask.row_weight, layout, input.device, acc)
-    class_factor = None
-    if isinstance(row_loss, RowLoss) and row_loss.class_factor is not None:
-        class_factor, row_loss = row_loss.class_factor, row_loss.unscaled()
+    class_factor, row_loss = split_row_loss(ask.row_loss)
     known_row_loss = row_loss if isinstance(row_loss, RowLoss) else None
-    # A tracer would look through the cache and warn; it runs this once a graph anyway.
-    traced = torch.compiler.is_compiling() or type(layout.classes) is not int  # a symbolic size cannot be a key
-    spec = (make_spec if traced else cached_spec)(
-        layout.classes,
-        ask.label_smoothing,
-        ask.smoothing,
-        ask.temperature,
-        ask.softcap,
-        ask.z_loss,
-        known_row_loss,
-        dense_kind,
-        dense_temperature,
-        scale,
-        ask.empty,
-    )
+    spec = spec_of(ask, layout.classes, known_row_loss, kernel_form)
     call = Call(target, ignore_index, spec)
     if class_factor is not None:
         rows, reduction = _by_class(class_factor, call, rows, layout, acc, reduction)
     kernel = use_kernel(logits, ask.options)
-    offset = target_entropy(target, ignore_index, spec, acc, layout.classes, kernel) if divergence else None
+    offset = target_entropy(target, ignore_index, spec, acc, layout.classes, kernel) if kernel_form.divergence else None
     one_pass = (
         kernel
         and reduction != "none"
@@ -143,8 +126,41 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
         loss = loss.to(loss_dtype)
     if not ask.return_stats:
         return loss
-    lse, logp, entropy, correct = (stats[i].reshape(layout.row_shape) for i in (LSE, TARGET_LOGP, ENTROPY, CORRECT))
-    return loss, Stats(lse, logp, entropy, correct != 0)
+    return loss, returned_stats(stats, layout.row_shape)
+
+
+def split_row_loss(
+    row_loss: RowLoss | Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor | None, RowLoss | Callable[[Tensor], Tensor] | None]:
+    """The row loss's factors by class, ``(C,)``, and the row loss without them."""
+    if isinstance(row_loss, RowLoss) and row_loss.class_factor is not None:
+        return row_loss.class_factor, row_loss.unscaled()
+    return None, row_loss
+
+
+def spec_of(ask: Request, classes: int, row_loss: RowLoss | None, form: Form) -> Spec:
+    """The scalars of a call."""
+    # A tracer would look through the cache and warn; it runs this once a graph anyway.
+    traced = torch.compiler.is_compiling() or type(classes) is not int  # a symbolic size cannot be a key
+    return (make_spec if traced else cached_spec)(
+        classes,
+        ask.label_smoothing,
+        ask.smoothing,
+        ask.temperature,
+        ask.softcap,
+        ask.z_loss,
+        row_loss,
+        form.dense_kind,
+        form.dense_temperature,
+        form.scale,
+        ask.empty,
+    )
+
+
+def returned_stats(stats: Tensor, shape: tuple[int, ...]) -> Stats:
+    """The statistics as the caller gets them, each in the row shape ``shape``."""
+    lse, logp, entropy, correct = (stats[i].reshape(shape) for i in (LSE, TARGET_LOGP, ENTROPY, CORRECT))
+    return Stats(lse, logp, entropy, correct != 0)
 
 
 def _wants_grad(target: KernelTarget, rows: Tensor | None) -> bool:

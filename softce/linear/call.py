@@ -12,13 +12,13 @@ from torch import Tensor
 
 from .. import validate
 from ..autograd import Call, plain_target, transform_active
-from ..compute import Request, fold_factor, reduced
+from ..compute import Request, fold_factor, reduced, returned_stats, spec_of, split_row_loss
 from ..dispatch import PLAIN, TRACED, is_plain, use_kernel
 from ..layout import Layout
-from ..ops import CORRECT, ENTROPY, LOSS, LSE, PHI_IDENTITY, TARGET_LOGP, KernelTarget, Spec, acc_dtype
+from ..ops import ENTROPY, LOSS, PHI_IDENTITY, KernelTarget, Spec, acc_dtype
 from ..options import Options
 from ..row_losses import RowLoss
-from ..settings import FLOATS, Stats, cached_spec, check_row_weight, check_weight, make_spec
+from ..settings import FLOATS, Stats, check_row_weight, check_weight
 from ..target_rows import class_factor_rows, target_entropy
 from ..targets import ClassProbabilities, Form, Target, Teacher
 from . import autograd
@@ -191,25 +191,10 @@ def loss_of(
         map = LinearMap(*(None if x is None else x.to(torch.float64) for x in map))  # type: ignore[arg-type]
     acc = acc_dtype(map.input.dtype)
     tensors, kernel_form = _tensors(map, form, rows, weight, acc, ask.ignore_index)
-    row_loss, reduction = ask.row_loss, ask.reduction
-    class_factor = None
-    if isinstance(row_loss, RowLoss) and row_loss.class_factor is not None:
-        class_factor, row_loss = row_loss.class_factor, row_loss.unscaled()
+    reduction = ask.reduction
+    class_factor, row_loss = split_row_loss(ask.row_loss)
     known_row_loss = row_loss if isinstance(row_loss, RowLoss) else None
-    traced = torch.compiler.is_compiling() or type(tensors.classes) is not int
-    spec = (make_spec if traced else cached_spec)(
-        tensors.classes,
-        ask.label_smoothing,
-        ask.smoothing,
-        ask.temperature,
-        ask.softcap,
-        ask.z_loss,
-        known_row_loss,
-        kernel_form.dense_kind,
-        kernel_form.dense_temperature,
-        kernel_form.scale,
-        ask.empty,
-    )
+    spec = spec_of(ask, tensors.classes, known_row_loss, kernel_form)
     call = Call(tensors.sparse, kernel_form.ignore_index, spec)
     weights = _flat_weights(ask.row_weight, rows, acc)
     offset = _entropy(tensors, call, ask.options, acc) if kernel_form.divergence else None
@@ -257,8 +242,7 @@ def loss_of(
     if not ask.return_stats:
         return loss
     assert stats is not None
-    lse, log_prob, entropy, correct = (stats[i].reshape(rows.shape) for i in (LSE, TARGET_LOGP, ENTROPY, CORRECT))
-    return loss, Stats(lse, log_prob, entropy, correct != 0)
+    return loss, returned_stats(stats, rows.shape)
 
 
 def _factor_rows(class_factor: Tensor, tensors: Tensors, call: Call, acc: torch.dtype) -> Tensor:
