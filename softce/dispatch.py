@@ -23,9 +23,7 @@ _FOR_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "meta": ("cpu",)}
 
 def is_plain(x: Tensor) -> bool:
     """True for an ordinary tensor outside any tracing: its data may be looked at and its memory written."""
-    return (
-        type(x) in PLAIN and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
-    )
+    return type(x) in PLAIN and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def reasons_against_kernels(x: Tensor) -> list[str]:

@@ -51,9 +51,7 @@ def dense_target(target: KernelTarget, spec: Spec, acc: torch.dtype) -> Tensor:
     return torch.softmax(t / spec.dense_temperature, -1) if spec.dense_kind == DENSE_LOGITS else t
 
 
-def row_stats(
-    logits: Tensor, target: KernelTarget, ignore_index: int, spec: Spec, extras: bool = False
-) -> Tensor:
+def row_stats(logits: Tensor, target: KernelTarget, ignore_index: int, spec: Spec, extras: bool = False) -> Tensor:
     """The statistics of ``softce::row_stats``, as that operator returns them, differentiable for every input.
 
     Args:

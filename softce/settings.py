@@ -84,9 +84,7 @@ def make_spec(
         phi, (p0, p1) = row_loss.phi, row_loss.parameters()
         scale *= row_loss.factor
     zero = float(empty == "zero")
-    return Spec(
-        mix_a, mix_b, temperature, softcap, z_loss, phi, p0, p1, dense_kind, dense_temperature, scale, zero
-    )
+    return Spec(mix_a, mix_b, temperature, softcap, z_loss, phi, p0, p1, dense_kind, dense_temperature, scale, zero)
 
 
 cached_spec = lru_cache(maxsize=1024)(make_spec)

@@ -115,6 +115,7 @@ EMPTY_ZERO = tl.constexpr(256)  # a mean over a denominator of 0 is 0
 LOOP = tl.constexpr(512)  # fewer programs than tiles
 OPPOSED = tl.constexpr(1024)  # what makes up a class's target weight may differ in sign
 
+
 @triton.jit
 def addresses(spot, c, class_stride, FLAGS: tl.constexpr):
     if (PLANES & FLAGS) == 0:

@@ -268,9 +268,7 @@ def row_tile(i, logits, out, target, rows, v, per_row, sizes, MODE: tl.constexpr
         lanes = block_sums(tile, ok, r, rz, v, DENSE, WEIGHTED, MODE, FLAGS)
         seen = see_tile(tile, lanes, c, ok, r, rz, DENSE, MODE, FLAGS)
     elif SEES:
-        seen = see_rows(
-            logits, target, place, counted, v, sizes.classes, MODE, FLAGS, ACC, ROWS, BLOCK, STAGES
-        )
+        seen = see_rows(logits, target, place, counted, v, sizes.classes, MODE, FLAGS, ACC, ROWS, BLOCK, STAGES)
         rz = seen.rz
     if TEACH:
         inv = 1.0 / seen.sums.e
