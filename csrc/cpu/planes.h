@@ -14,9 +14,12 @@ struct Planes {
 
   const Context<A>& ctx;
   double w_sum = 0;
+  static constexpr int64_t kFold = 64;
 
   struct Tile {
     Group<A> group;
+    // Sums over kFold classes at most: added one by one, many would lose digits.
+    alignas(64) A e_part[kGroup], qy_part[kGroup], q_part[kGroup];
     A* e;           // (C, pitch)
     int64_t pitch;  // rows of the tile, up to whole vectors
     const Elem* x;  // the first row's class 0
@@ -35,48 +38,96 @@ struct Planes {
     return v;
   }
 
+  // A class's part in the sweep.
+  struct Plane {
+    const Elem *x, *next_x;  // next: what the prefetch is for
+    const Dense *d, *next_d;
+    A* e;
+    A weight;
+  };
+
+  static SOFTCE_INLINE void add_to(A* sum, V v) { store(sum, load<V>(sum) + v); }
+
+  // e of the kCount vectors of rows from row i on, added to what the classes before have left.
+  template <int kCount, bool kShifted>
+  SOFTCE_INLINE void step(Tile& tile, const Exp<A, 5>& exp, const Plane& p, int64_t i, V& top) const {
+    const Group<A>& g = tile.group;
+    V y[kCount], e[kCount], t[kCount];
+    for (int k = 0; k < kCount; ++k) {
+      const int64_t at = i + k * kLane;
+      if (at * sizeof(Elem) % 64 == 0) __builtin_prefetch(p.next_x + at);
+      y[k] = exp.affine(read_at<X>(p.x, at, g.n));
+      if constexpr (kDense) {
+        if (at * sizeof(Dense) % 64 == 0) __builtin_prefetch(p.next_d + at);
+        t[k] = read_at<D>(p.d, at, g.n);
+      }
+      if constexpr (kShifted) y[k] -= load<V>(g.shift + at);
+      e[k] = y[k];
+      top = vmax(y[k], top);
+    }
+    exp.template all<kCount>(e);
+    for (int k = 0; k < kCount; ++k) {
+      const int64_t at = i + k * kLane;
+      store(p.e + at, e[k]);
+      add_to(tile.e_part + at, e[k]);
+      if constexpr (kBase) {
+        if (p.weight != 0) add_to(tile.qy_part + at, y[k] * p.weight);
+      }
+      if constexpr (kDense) {
+        const V q = q_of(t[k], p.weight), product = q * y[k];
+        add_to(tile.q_part + at, q);
+        add_to(tile.qy_part + at, q == 0 ? V{} : product);
+      }
+    }
+  }
+
+  // Adds a part to the whole and empties it.
+  static void fold(A* sum, A* part, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLane) {
+      add_to(sum + i, load<V>(part + i));
+      store(part + i, V{});
+    }
+  }
+
+  SOFTCE_INLINE V q_of(V t, A weight) const {
+    return fma(t, splat(A(ctx.spec.mix_a)), splat(A(ctx.spec.mix_b))) * weight;
+  }
+
   // e and the sums of every row; true where the rows' maxima suit exp without a shift.
-  bool first(Tile& tile, bool shifted) const {
+  template <bool kShifted>
+  bool first(Tile& tile) const {
     Group<A>& g = tile.group;
     const Exp<A, 5> exp(ctx.scale, Ref{});
     const int64_t n = g.n, stride = ctx.problem.logits.class_stride, dense_stride = ctx.target.dense.class_stride;
-    for (int64_t i = 0; i < tile.pitch; ++i) g.e[i] = g.y[i] = g.t[i] = g.ty[i] = 0;
+    A* const qy = kBase ? g.y : g.qy;
+    for (int64_t i = 0; i < tile.pitch; ++i) {
+      g.e[i] = g.y[i] = g.q[i] = g.qy[i] = 0;
+      tile.e_part[i] = tile.qy_part[i] = tile.q_part[i] = 0;
+    }
     V top = splat(A(-__builtin_inf()));
-    // The prefetch runs some classes ahead, and from the last ones into the neighbouring tile.
-    const int64_t run = n * int64_t(sizeof(Elem)) * (kDense ? 2 : 1), ahead = (kPrefetch + run - 1) / run;
+    // The prefetch runs some classes ahead, and from the last ones into the neighbouring tile. Rows side by side, class
+    // after class, it is because planes lie powers of two apart: all classes of a row share a few places in a cache.
+    const int64_t run = n * int64_t(sizeof(Elem)), ahead = (prefetch_bytes(kDense) + run - 1) / run;
     for (int64_t c = 0; c < ctx.classes; ++c) {
-      const Elem* x = tile.x + c * stride;
-      const Dense* d = kDense ? tile.d + c * dense_stride : nullptr;
-      A* e_out = tile.e + c * tile.pitch;
-      const A w = ctx.weight ? ctx.weight[c] : A(1);
       const bool wraps = c + ahead >= ctx.classes;
       const int64_t coming = wraps ? (c + ahead) % ctx.classes : c + ahead, beside = wraps ? n : 0;
-      const Elem* next_x = tile.x + coming * stride + beside;
-      const Dense* next_d = kDense ? tile.d + coming * dense_stride + beside : nullptr;
-      for (int64_t i = 0; i < n; i += kLane) {
-        __builtin_prefetch(next_x + i);
-        V y = exp.affine(read_at<X>(x, i, n));
-        if (shifted) y -= load<V>(g.shift + i);
-        const V e = exp.exp(y);
-        store(e_out + i, e);
-        top = vmax(y, top);
-        store(g.e + i, load<V>(g.e + i) + e);
-        if constexpr (kBase) {
-          if (w != 0) store(g.y + i, fma(y, splat(w), load<V>(g.y + i)));
-        }
-        if constexpr (kDense) {
-          __builtin_prefetch(next_d + i);
-          const V t = read_at<D>(d, i, n) * w, product = t * y;
-          if (w != 0) store(g.y + i, fma(y, splat(w), load<V>(g.y + i)));
-          store(g.t + i, load<V>(g.t + i) + t);
-          store(g.ty + i, load<V>(g.ty + i) + (t == 0 ? V{} : product));
-        }
-      }
+      Plane p;
+      p.x = tile.x + c * stride;
+      p.next_x = tile.x + coming * stride + beside;
+      p.d = kDense ? tile.d + c * dense_stride : nullptr;
+      p.next_d = kDense ? tile.d + coming * dense_stride + beside : nullptr;
+      p.e = tile.e + c * tile.pitch;
+      p.weight = ctx.weight ? ctx.weight[c] : A(1);
+      int64_t i = 0;
+      if constexpr (!kShifted)  // shifted rows are rare, not worth as much code
+        for (; i + kTogether * kLane <= n; i += kTogether * kLane) step<kTogether, kShifted>(tile, exp, p, i, top);
+      for (; i < n; i += kLane) step<1, kShifted>(tile, exp, p, i, top);
+      if ((c + 1) % kFold != 0 && c + 1 != ctx.classes) continue;
+      fold(g.e, tile.e_part, tile.pitch);
+      if constexpr (kBase || kDense) fold(qy, tile.qy_part, tile.pitch);
+      if constexpr (kDense) fold(g.q, tile.q_part, tile.pitch);
     }
-    if (shifted) return true;
-    bool suits = !(max_of<A>(top) > kAbove);
-    for (int64_t i = 0; i < n; ++i) suits &= !(g.e[i] < A(2e-9));
-    return suits;
+    return kShifted || suits<A>(g, top);
   }
 
   // The rows' maxima, taken off where they do not suit.
@@ -105,9 +156,8 @@ struct Planes {
       const bool stream = ctx.call.stream && reinterpret_cast<uintptr_t>(out) % kVecBytes == 0;
       for (int64_t i = 0; i < n; i += kLane) {
         V v = load<V>(e + i) * load<V>(g.a + i);
-        if constexpr (kBase) v = fma(load<V>(g.base + i), splat(-w), v);
-        if constexpr (kDense)
-          v = fma(fma(read_at<D>(d, i, n), load<V>(g.slope + i), load<V>(g.base + i)), splat(-w), v);
+        if constexpr (kBase) v = fma(load<V>(g.pull + i), splat(-w), v);
+        if constexpr (kDense) v = fma(q_of(read_at<D>(d, i, n), w), -load<V>(g.pull + i), v);
         v = load<V>(g.live + i) == 0 ? V{} : v;
         if (i + kLane > n) {
           write_part<X>(out + i, n - i, &v);
@@ -129,29 +179,18 @@ struct Planes {
     tile.d = reinterpret_cast<const Dense*>(ctx.dense_row(g.first));
     if (ctx.call.op != Op::stats) tile.out = reinterpret_cast<Elem*>(ctx.out_row(g.first));
     for (int64_t i = 0; i < tile.pitch; ++i) g.shift[i] = 0;
-    if (!first(tile, false)) {
+    if (!first<false>(tile)) {
       shift(tile);
-      first(tile, true);
+      first<true>(tile);
     }
     const int64_t stride = ctx.problem.logits.class_stride;
+    const auto place_of = [&](int64_t i, int64_t c) { return c * tile.pitch + i; };
     index_group(
-        ctx, g, [&](int64_t i, int64_t c) { return X::to(tile.x[c * stride + i]) * A(ctx.scale); },
-        [&](int64_t i, int64_t c) { return tile.e[c * tile.pitch + i]; });
+        ctx, g, tile.e, [&](int64_t i, int64_t c) { return X::to(tile.x[c * stride + i]) * A(ctx.scale); }, place_of);
     const auto scale_row = [&](int64_t i, A factor) {
       for (int64_t c = 0; c < ctx.classes; ++c) tile.e[c * tile.pitch + i] *= factor;
     };
-    double loss = 0;
-    if (simple(ctx)) {
-      loss = settle_simple(ctx, g, w_sum, scale_row);
-      if (ctx.sparse && ctx.call.op != Op::stats) {
-        const int64_t* index = ctx.target.index + g.first;
-        for (int64_t i = 0; i < n; ++i)
-          if (index[i] != ctx.target.ignore_index) tile.e[index[i] * tile.pitch + i] -= g.take[i];
-      }
-    } else {
-      loss = settle_any(ctx, g, w_sum, scale_row,
-                        [&](int64_t i, int64_t c, A amount) { tile.e[c * tile.pitch + i] -= amount; });
-    }
+    const double loss = settle(ctx, g, w_sum, tile.e, scale_row, place_of);
     if (ctx.call.op != Op::grad) write_group_stats(ctx, g);
     if (ctx.call.op != Op::stats) second(tile);
     return loss;

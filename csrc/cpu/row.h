@@ -188,6 +188,7 @@ struct Context {
 // Sparse entries come on top: each takes `entry * w * t` off its class.
 struct Factors {
   double a = 0, b = 0, slope = 0, base = 0, entry = 0;
+  double pull = 0;    // of which slope, base and entry are parts
   bool zero = false;  // the gradient is an exact 0
 };
 
@@ -258,19 +259,35 @@ __attribute__((noinline, cold)) double dot_by_class(const Context<A>& ctx, int64
   return dot;
 }
 
+// What all classes together have of q, and of q * y: with a sparse target what lies under its entries.
+struct Spread {
+  double mass, dot;
+};
+
+inline double times(double q, double y) { return q == 0 ? 0.0 : q * y; }
+
+template <class A>
+inline Spread spread_of(const Context<A>& ctx, int64_t r, const Sums& sums) {
+  const double base = ctx.sparse ? ctx.base(r) : ctx.spec.mix_b;
+  Spread all{times(base, sums.w), times(base, sums.y)};
+  if (!ctx.sparse) {
+    const double slope = ctx.spec.mix_a * (ctx.teacher ? 1.0 / sums.plain_t : 1.0);
+    all.mass += slope * sums.t, all.dot += times(slope, sums.ty);
+  }
+  return all;
+}
+
 // From a whole row's sums to its statistics; the row is not an ignored one.
 template <class A>
-inline Finished finish(const Context<A>& ctx, int64_t r, const char* x, const Sums& sums, const Refs& refs) {
+inline Finished finish(const Context<A>& ctx, int64_t r, const char* x, const Sums& sums, const Spread& spread,
+                       const Refs& refs) {
   Finished row;
   const Spec& spec = ctx.spec;
   const double shift = refs.x.shift;
   // A row of -inf alone has no distribution; a row of no class at all has an empty loss.
   const double log_e = sums.e == 0 && ctx.classes > 0 ? __builtin_nan("") : refs.x.power * kLn2 + __builtin_log(sums.e);
-  const auto times = [](double q, double y) { return q == 0 ? 0.0 : q * y; };
   const double base = ctx.sparse ? ctx.base(r) : spec.mix_b;
-  const double norm = ctx.teacher ? 1.0 / sums.plain_t : 1.0;
-  double mass = base == 0 ? 0 : base * sums.w, dot = times(base, sums.y);
-  if (!ctx.sparse) mass += spec.mix_a * norm * sums.t, dot += times(spec.mix_a * norm, sums.ty);
+  double mass = spread.mass, dot = spread.dot;
   row.count = ctx.classes > 0 ? 1 : 0;  // numel / C rows: 0 / 0 of no classes
   ctx.entries(r, [&](int64_t c, double t) {
     const double q = spec.mix_a * t * ctx.weight_of(c);
@@ -284,6 +301,7 @@ inline Finished finish(const Context<A>& ctx, int64_t r, const char* x, const Su
   row.loss = ctx.classes == 0 ? 0.0 : mass * log_e - dot;
   if (spec.z_loss != 0 && ctx.classes > 0) row.loss += spec.z_loss * row.lse * row.lse;
   if (ctx.call.extras) {
+    const double norm = ctx.teacher ? 1.0 / sums.plain_t : 1.0;
     double t_sum = norm * sums.plain_t, t_dot = times(norm, sums.plain_ty);
     if (ctx.sparse) {
       const double rest = ctx.target.rest ? static_cast<const A*>(ctx.target.rest)[r] : 0.0;
@@ -349,6 +367,7 @@ inline Factors factors_of(const Context<A>& ctx, int64_t r, const Finished& row,
   const double base = ctx.sparse ? ctx.base(r) : spec.mix_b;
   f.a *= ctx.scale;
   f.b *= ctx.scale;
+  f.pull = ctx.scale * pull;
   f.base = ctx.scale * pull * base;
   f.slope = ctx.sparse ? 0.0 : ctx.scale * pull * spec.mix_a * norm;
   f.entry = ctx.scale * pull * spec.mix_a;

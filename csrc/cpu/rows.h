@@ -12,6 +12,8 @@ constexpr int kPrefetch = 8192;           // bytes that the prefetch runs ahead,
                                           // twice memory's latency times its bandwidth, a fourth of a small cache
 constexpr int kPad = 64;                  // scratch behind a head or a tail
 
+constexpr int prefetch_bytes(bool dense) { return kPrefetch / (dense ? 2 : 1); }
+
 template <class A>
 struct Sweeps {
   Sums (*first)(const Context<A>&, const Piece<A>&, const Refs&);
@@ -147,7 +149,7 @@ struct Rows {
               double* a, double* loss) const {
     Finished row;
     if (ctx.call.op != Op::grad) {
-      row = finish(ctx, r, ctx.x_row(r), sums, last);
+      row = finish(ctx, r, ctx.x_row(r), sums, spread_of(ctx, r, sums), last);
       write_stats(ctx, r, row);
       if (ctx.call.op == Op::stats) return false;
     }

@@ -1,151 +1,242 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Rows of few classes, class stride 1: a tile of rows at a time, vectors along the row, statistics in vectors over the
-// rows. Included inside the namespace of an instruction set.
+// Rows of few classes, class stride 1: a tile of rows at a time as one run of elements. Neither exp nor the gradient
+// needs to know where a row ends: only the sums do, which are taken a vector of rows at a time, and the factors, which
+// are laid out once for every class of their row. Included inside the namespace of an instruction set.
 
 constexpr int64_t kShort = 2048;        // classes, at most
-constexpr int64_t kTileSize = 1 << 13;  // elements of a tile
+constexpr int64_t kTileSize = 1 << 14;  // elements of a tile, about
+constexpr int64_t kWide = 64;           // classes from which on it pays to go row by row within a tile
 
 template <class X, class D, Kind kKind, bool kWeighted>
 struct ShortRows {
   using A = typename X::Acc;
   using V = typename X::V;
+  using U = typename VecOf<A>::U;
   using Elem = typename X::Elem;
   using Dense = typename D::Elem;
   static constexpr int kLane = kLanes<A>;
   static constexpr bool kBase = kKind == Kind::base, kDense = kKind == Kind::probs;
-  static constexpr int kAhead = kPrefetch / (kDense ? 2 : 1) / int(sizeof(Elem));  // elements
+  static constexpr int kAhead = prefetch_bytes(kDense) / int(sizeof(Elem));  // elements
+  static constexpr int64_t kPadded = kLane;                                  // elements behind each array of a tile
   static_assert(X::NV == 1 && D::NV == 1, "one vector a unit");
 
   const Context<A>& ctx;
   double w_sum = 0;
   const int64_t classes = ctx.classes;
-  const int64_t full = classes / kLane * kLane;                 // classes in full vectors
-  const int64_t pitch = (classes + kLane - 1) / kLane * kLane;  // of a row in scratch
 
+  // Arrays of one value a class of every row, and the rows' places in the tensors (or in copies, where the tensor's
+  // rows do not follow each other).
   struct Tile {
     Group<A> group;
-    A* e;         // (n, pitch)
-    A* weight;    // (pitch,), 0 behind the classes
-    Elem* stage;  // (n, classes) and 64 bytes
+    int64_t size;  // elements
+    A *e, *q, *qy, *a, *pull, *weight;
+    A* e_sums;  // of wide rows, a vector each; q and qy then have no more than that
+    Elem *x_copy, *out_copy;
+    Dense* d_copy;
+    const Elem* x;
+    const Dense* d;
   };
 
-  // The classes behind the full vectors. A row that more elements of the tensor follow is read past its end.
-  template <class IO>
-  SOFTCE_INLINE V read_tail(const typename IO::Elem* row, int64_t follow, A fill) const {
-    V v;
-    if (follow >= kLane) {
-      IO::read(row + full, &v);
-    } else {
-      read_part<IO>(row + full, classes - full, &v, fill);
+  // A row's value for each of its classes.
+  void spread(const A* from, int64_t n, A* to) const {
+    for (int64_t i = 0; i < n; ++i) {
+      const V v = splat(from[i]);
+      A* row = to + i * classes;
+      int64_t c = 0;  // what lies behind the row's end is the next row's, which comes later
+      do {
+        store(row + c, v);
+      } while ((c += kLane) < classes);
     }
-    return v;
   }
 
-  V tail_mask() const {  // 1 for the classes behind the full vectors, else 0
+  // The sum of `length` values for every row. Behind the last row of a vector stands its sum again.
+  static void sums(const A* values, int64_t n, int64_t length, A* to) {
+    const int64_t whole = length / kLane * kLane;
+    const U tail = (U)(lane_numbers() < splat(A(length - whole)));
+    for (int64_t i = 0; i < n; i += kLane) {
+      V s[kLane];
+#pragma GCC unroll 16
+      for (int k = 0; k < kLane; ++k) {
+        const A* p = values + (i + k < n ? i + k : n - 1) * length;
+        s[k] = V{};
+        for (int64_t c = 0; c < whole; c += kLane) s[k] += load<V>(p + c);
+        if (whole < length) s[k] += bits<V>(bits<U>(load<V>(p + whole)) & tail);
+      }
+      store(to + i, add_each<A>(s));
+    }
+  }
+
+  static V lane_numbers() {
     A lanes[kLane];
-    for (int i = 0; i < kLane; ++i) lanes[i] = full + i < classes ? A(1) : A(0);
+    for (int i = 0; i < kLane; ++i) lanes[i] = A(i);
     return load<V>(lanes);
   }
 
-  // Elements of the tensor from a row's class `full` on.
-  static int64_t follow(const Context<A>& ctx, const Block& block, int64_t r, int64_t full) {
-    return (ctx.rows - 1 - r) * (block.batch_stride > 0 ? block.batch_stride : 0) + ctx.classes - full;
+  // What is added up over a row's classes: e; qy, which is w * y for a base; q.
+  struct Parts {
+    V e{}, qy{}, q{};
+  };
+
+  // What becomes of a vector's parts. They are in the arrays of the tile, ..
+  struct Keep {
+    const Tile& tile;
+
+    SOFTCE_INLINE void given(int64_t at, V qy, V q) const {
+      if constexpr (kBase || kDense) store(tile.qy + at, qy);
+      if constexpr (kDense) store(tile.q + at, q);
+    }
+    SOFTCE_INLINE void power(V) const {}
+  };
+  // .. or added up for their row, ..
+  struct Add {
+    Parts& row;
+
+    SOFTCE_INLINE void given(int64_t, V qy, V q) const {
+      if constexpr (kBase || kDense) row.qy += qy;
+      if constexpr (kDense) row.q += q;
+    }
+    SOFTCE_INLINE void power(V e) const { row.e += e; }
+  };
+  // .. or for the row that has the lanes `mine` and the one behind it.
+  struct Split {
+    Parts &row, &next;
+    U mine;
+
+    SOFTCE_INLINE void part(V v, V& row_sum, V& next_sum) const {
+      row_sum += bits<V>(bits<U>(v) & mine);
+      next_sum = bits<V>(bits<U>(v) & ~mine);
+    }
+    SOFTCE_INLINE void given(int64_t, V qy, V q) const {
+      if constexpr (kBase || kDense) part(qy, row.qy, next.qy);
+      if constexpr (kDense) part(q, row.q, next.q);
+    }
+    SOFTCE_INLINE void power(V e) const { part(e, row.e, next.e); }
+  };
+
+  SOFTCE_INLINE V q_of(V t, V mix_a, V mix_b, const A* weight) const {
+    const V q = fma(t, mix_a, mix_b);
+    return kWeighted ? q * load<V>(weight) : q;
   }
 
-  struct Accumulators {
-    V e, y, t, ty, top;
-  };
-
-  struct Step {
+  // The first sweep: leaves e in the tile and hands the rest to a sink, vector by vector.
+  // kShifted: tile.a has the rows' shifts.
+  template <bool kShifted>
+  struct Sweep {
+    static constexpr bool kFours = !kShifted;  // shifted rows are rare, not worth as much code
+    const ShortRows& self;
+    const Tile& tile;
     Exp<A, 5> exp;
+    V mix_a, mix_b;
+    V top = splat(A(-__builtin_inf()));
 
-    template <int kCount>
-    SOFTCE_INLINE void operator()(const V* x, const V* d, const A* w, A* e_out, Accumulators& s, bool masked,
-                                  V mask) const {
-      V y[kCount], e[kCount];
-      for (int i = 0; i < kCount; ++i) e[i] = y[i] = exp.affine(x[i]);
-      if (masked) e[0] = y[0] = mask == 0 ? splat(A(-__builtin_inf())) : y[0];
-      for (int i = 0; i < kCount; ++i) s.top = vmax(y[i], s.top);
+    template <int kCount, class Sink>
+    SOFTCE_INLINE void step(int64_t at, const V* x, const V* t, Sink sink) {
+      V e[kCount];
+      for (int i = 0; i < kCount; ++i) {
+        const int64_t to = at + i * kLane;
+        const V y = kShifted ? fma(x[i], splat(exp.scale), -load<V>(tile.a + to)) : exp.affine(x[i]);
+        e[i] = y;
+        top = vmax(y, top);
+        if constexpr (kDense) {
+          const V q = self.q_of(t[i], mix_a, mix_b, tile.weight + to), product = q * y;
+          sink.given(to, q == 0 ? V{} : product, q);
+        } else if constexpr (kBase) {
+          const V w = kWeighted ? load<V>(tile.weight + to) : V{}, product = kWeighted ? w * y : y;
+          sink.given(to, kWeighted && w == 0 ? V{} : product, V{});
+        }
+      }
       exp.template all<kCount>(e);
       for (int i = 0; i < kCount; ++i) {
-        store(e_out + i * kLane, e[i]);
-        s.e += e[i];
-        V t = kDense ? d[i] : V{};
-        if constexpr (kWeighted) {
-          const V weight = load<V>(w + i * kLane), product = weight * y[i];
-          s.y += weight == 0 ? V{} : product;
-          t = weight == 0 ? V{} : t * weight;
-        } else if constexpr (kBase || kDense) {
-          s.y += masked ? (mask == 0 ? V{} : y[i]) : y[i];
-          t = masked ? (mask == 0 ? V{} : t) : t;
-        }
-        if constexpr (kDense) {
-          const V product = t * y[i];
-          s.t += t;
-          s.ty += t == 0 ? V{} : product;
-        }
+        store(tile.e + at + i * kLane, e[i]);
+        sink.power(e[i]);
       }
+    }
+
+    template <class Sink>
+    SOFTCE_INLINE void four(int64_t at, Sink sink) {
+      for (int from = 0; from < 4; from += kTogether) {
+        V x[kTogether], t[kTogether];
+        for (int k = 0; k < kTogether; ++k) {
+          const int64_t i = at + (from + k) * kLane;
+          if ((from + k) * kLane * sizeof(Elem) % 64 == 0) __builtin_prefetch(tile.x + i + kAhead);
+          X::read(tile.x + i, x + k);
+          if constexpr (kDense) {
+            if ((from + k) * kLane * sizeof(Dense) % 64 == 0) __builtin_prefetch(tile.d + i + kAhead);
+            D::read(tile.d + i, t + k);
+          }
+        }
+        step<kTogether>(at + from * kLane, x, t, sink);
+      }
+    }
+    template <class Sink>
+    SOFTCE_INLINE void one(int64_t at, Sink sink) {
+      V x, t;
+      self.template read<X>(tile, tile.x, at, &x);
+      if constexpr (kDense) self.template read<D>(tile, tile.d, at, &t);
+      step<1>(at, &x, &t, sink);
     }
   };
 
-  // e and the sums of every row; true where the rows' maxima suit exp without a shift.
-  bool first(Tile& tile, bool shifted) const {
-    Group<A>& g = tile.group;
-    const V mask = tail_mask();
-    V top = splat(A(-__builtin_inf()));
-    bool suits = true;
-    for (int64_t i = 0; i < g.n; ++i) {
-      const int64_t r = g.first + i;
-      Ref ref;
-      ref.shift = g.shift[i];
-      const Step step{{ctx.scale, ref}};
-      const Elem* x = reinterpret_cast<const Elem*>(ctx.x_row(r));
-      const Dense* d = reinterpret_cast<const Dense*>(ctx.dense_row(r));
-      A* e = tile.e + i * pitch;
-      const A* w = tile.weight;
-      Accumulators s{V{}, V{}, V{}, V{}, top};
-      int64_t c = 0;
-      for (; c + 4 * kLane <= full; c += 4 * kLane) {
-        for (int from = 0; from < 4; from += kTogether) {
-          V in[kTogether], target[kTogether];
-          for (int k = 0; k < kTogether; ++k) {
-            const int64_t at = c + (from + k) * kLane;
-            if ((from + k) * kLane * sizeof(Elem) % 64 == 0) __builtin_prefetch(x + at + kAhead);
-            X::read(x + at, in + k);
-            if constexpr (kDense) {
-              if ((from + k) * kLane * sizeof(Dense) % 64 == 0) __builtin_prefetch(d + at + kAhead);
-              D::read(d + at, target + k);
-            }
-          }
-          step.template operator()<kTogether>(in, target, w + c + from * kLane, e + c + from * kLane, s, false, mask);
-        }
-      }
-      for (; c < full; c += kLane) {
-        V in, target;
-        X::read(x + c, &in);
-        if constexpr (kDense) D::read(d + c, &target);
-        step.template operator()<1>(&in, &target, w + c, e + c, s, false, mask);
-      }
-      if (full < classes) {
-        const V in = read_tail<X>(x, follow(ctx, ctx.problem.logits, r, full), A(0));
-        V target;
-        if constexpr (kDense) target = read_tail<D>(d, follow(ctx, ctx.target.dense, r, full), A(0));
-        step.template operator()<1>(&in, &target, w + full, e + full, s, true, mask);
-      }
-      top = s.top;
-      g.e[i] = add_lanes(s.e);
-      suits &= !(g.e[i] < A(2e-9));
-      if constexpr (kBase || kDense) g.y[i] = add_lanes(s.y);
-      if constexpr (kDense) g.t[i] = add_lanes(s.t), g.ty[i] = add_lanes(s.ty);
+  template <class IO>
+  SOFTCE_INLINE void read(const Tile& tile, const typename IO::Elem* from, int64_t at, V* v) const {
+    if (at + kLane <= tile.size) {
+      IO::read(from + at, v);
+    } else {
+      read_part<IO>(from + at, tile.size - at, v, A(0));
     }
-    return shifted || (suits && !(max_of<A>(top) > kAbove));
+  }
+
+  // e and the sums of every row; true where the rows' maxima suit exp without a shift.
+  template <bool kShifted>
+  bool first(Tile& tile) const {
+    Group<A>& g = tile.group;
+    Sweep<kShifted> sweep{*this, tile, {ctx.scale, Ref{}}, splat(A(ctx.spec.mix_a)), splat(A(ctx.spec.mix_b))};
+    const bool wide = this->wide();
+    if (wide) {
+      by_row(tile, sweep);
+    } else {
+      const Keep keep{tile};
+      int64_t at = 0;
+      for (; sweep.kFours && at + 4 * kLane <= tile.size; at += 4 * kLane) sweep.four(at, keep);
+      for (; at < tile.size; at += kLane) sweep.one(at, keep);
+    }
+    const int64_t length = wide ? kLane : classes;
+    sums(wide ? tile.e_sums : tile.e, g.n, length, g.e);
+    if constexpr (kBase || kDense) sums(tile.qy, g.n, length, kBase ? g.y : g.qy);
+    if constexpr (kDense) sums(tile.q, g.n, length, g.q);
+    return kShifted || suits<A>(g, sweep.top);
+  }
+
+  // Rows of several vectors have what they add up to in one vector a row.
+  bool wide() const { return classes >= kWide; }
+
+  template <class S>
+  SOFTCE_INLINE void by_row(Tile& tile, S& sweep) const {
+    const V lanes = lane_numbers();
+    Parts begun;  // by the vector that the row before ended in
+    int64_t at = 0;
+    for (int64_t i = 0, end = classes; i < tile.group.n; ++i, end += classes) {
+      Parts row = begun;
+      const Add add{row};
+      for (; sweep.kFours && at + 4 * kLane <= end; at += 4 * kLane) sweep.four(at, add);
+      for (; at + kLane <= end; at += kLane) sweep.one(at, add);
+      begun = Parts{};
+      if (at < end) {
+        sweep.one(at, Split{row, begun, (U)(lanes < splat(A(end - at)))});
+        at += kLane;
+      }
+      store(tile.e_sums + i * kLane, row.e);
+      if constexpr (kBase || kDense) store(tile.qy + i * kLane, row.qy);
+      if constexpr (kDense) store(tile.q + i * kLane, row.q);
+    }
   }
 
   // The rows' maxima, taken off where they do not suit.
   void shift(Tile& tile) const {
     Group<A>& g = tile.group;
     for (int64_t i = 0; i < g.n; ++i) {
-      const Elem* x = reinterpret_cast<const Elem*>(ctx.x_row(g.first + i));
+      const Elem* x = tile.x + i * classes;
+      const int64_t full = classes / kLane * kLane;
       const A low = A(-__builtin_inf());
       V top = splat(low);
       for (int64_t c = 0; c < full; c += kLane) {
@@ -157,102 +248,96 @@ struct ShortRows {
       for (int64_t c = full; c < classes; ++c) best = X::to(x[c]) > best ? X::to(x[c]) : best;
       g.shift[i] = best == low ? A(0) : best * A(ctx.scale);
     }
+    spread(g.shift, g.n, tile.a);
   }
 
-  struct Second {
-    V a, slope, base;
-
-    SOFTCE_INLINE V operator()(const A* e, const Dense* d, const A* w) const {
-      const V ev = load<V>(e);
-      if constexpr (kBase || kDense) {
-        V q = base;
-        if constexpr (kDense) {
-          V t;
-          D::read(d, &t);
-          q = fma(t, slope, base);
-        }
-        if constexpr (kWeighted) return fma(ev, a, -(load<V>(w) * q));
-        return fma(ev, a, -q);
-      } else {
-        return ev * a;
-      }
+  // Writes the gradient of the vector at `at`, whose rows have the factors a and pull.
+  template <bool kPast>
+  SOFTCE_INLINE void write(const Tile& tile, Elem* out, int64_t at, V a, V pull) const {
+    V v = load<V>(tile.e + at) * a;
+    if constexpr (kDense) {
+      V t;
+      read<D>(tile, tile.d, at, &t);
+      v = fma(q_of(t, splat(A(ctx.spec.mix_a)), splat(A(ctx.spec.mix_b)), tile.weight + at), -pull, v);
     }
-  };
+    if constexpr (kBase && kWeighted) v = fma(load<V>(tile.weight + at), -pull, v);
+    if constexpr (kBase && !kWeighted) v -= pull;
+    if (at + kLane > tile.size) {
+      write_part<X>(out + at, tile.size - at, &v);
+    } else if constexpr (kPast) {
+      X::write_stream(out + at, &v);
+    } else {
+      X::write(out + at, &v);
+    }
+  }
 
-  // Rows that are streamed go through a contiguous stage, whose bytes leave in whole cache lines.
+  template <bool kPast>
+  SOFTCE_INLINE void write_all(const Tile& tile, Elem* out) const {
+    const Group<A>& g = tile.group;
+    int64_t at = 0;
+    if (!wide()) {
+      spread(g.a, g.n, tile.a);
+      if constexpr (kBase || kDense) spread(g.pull, g.n, tile.pull);
+      for (; at < tile.size; at += kLane)
+        write<kPast>(tile, out, at, load<V>(tile.a + at), kBase || kDense ? load<V>(tile.pull + at) : V{});
+      return;
+    }
+    const V lanes = lane_numbers();
+    for (int64_t i = 0, end = classes; i < g.n; ++i, end += classes) {
+      const V a = splat(g.a[i]), pull = splat(g.pull[i]);
+      for (; at + kLane <= end; at += kLane) write<kPast>(tile, out, at, a, pull);
+      if (at == end) continue;
+      const auto mine = lanes < splat(A(end - at));
+      const int64_t next = i + 1 < g.n ? i + 1 : i;
+      write<kPast>(tile, out, at, mine ? a : splat(g.a[next]), mine ? pull : splat(g.pull[next]));
+      at += kLane;
+    }
+  }
+
   void second(Tile& tile) const {
     Group<A>& g = tile.group;
-    Elem* const first_out = reinterpret_cast<Elem*>(ctx.out_row(g.first));
-    const bool staged = ctx.call.stream && ctx.call.out.batch_stride == classes;
-    Elem* const stage = tile.stage + reinterpret_cast<uintptr_t>(first_out) % 64 / sizeof(Elem);
-    for (int64_t i = 0; i < g.n; ++i) {
-      Elem* out = staged ? stage + i * classes : reinterpret_cast<Elem*>(ctx.out_row(g.first + i));
-      if (g.live[i] == 0) {
-        __builtin_memset(out, 0, size_t(classes) * sizeof(Elem));
-        continue;
-      }
-      const Dense* d = reinterpret_cast<const Dense*>(ctx.dense_row(g.first + i));
-      const A* e = tile.e + i * pitch;
-      const Second step{splat(g.a[i]), splat(g.slope[i]), splat(g.base[i])};
-      for (int64_t c = 0; c < full; c += kLane) {
-        const V v = step(e + c, d + c, tile.weight + c);
-        X::write(out + c, &v);
-      }
-      if (full == classes) continue;
-      if (full > 0) {  // the last full vector again, up to the row's end
-        const V v = step(e + classes - kLane, d + classes - kLane, tile.weight + classes - kLane);
-        X::write(out + classes - kLane, &v);
-      } else {
-        Dense padded[kLane] = {};
-        if constexpr (kDense) __builtin_memcpy(padded, d, size_t(classes) * sizeof(Dense));
-        const V v = step(e, padded, tile.weight);
-        write_part<X>(out, classes, &v);
-      }
+    const bool apart = ctx.call.out.batch_stride != classes;
+    Elem* out = apart ? tile.out_copy : reinterpret_cast<Elem*>(ctx.out_row(g.first));
+    if (ctx.call.stream && !apart && reinterpret_cast<uintptr_t>(out) % kVecBytes == 0) {
+      write_all<true>(tile, out);
+    } else {
+      write_all<false>(tile, out);
     }
-    if (staged)
-      stream_bytes(reinterpret_cast<char*>(first_out), reinterpret_cast<char*>(stage),
-                   g.n * classes * int64_t(sizeof(Elem)));
+    for (int64_t i = 0; i < g.n; ++i)
+      if (g.live[i] == 0) __builtin_memset(out + i * classes, 0, size_t(classes) * sizeof(Elem));
+    for (int64_t i = 0; apart && i < g.n; ++i)
+      __builtin_memcpy(ctx.out_row(g.first + i), out + i * classes, size_t(classes) * sizeof(Elem));
   }
 
-  static void stream_bytes(char* to, const char* from, int64_t n) {
-    int64_t i = (64 - reinterpret_cast<intptr_t>(to) % 64) % 64;
-    i = i < n ? i : n;
-    __builtin_memcpy(to, from, size_t(i));
-    for (; i + 64 <= n; i += 64)
-      for (int k = 0; k < 64; k += kVecBytes) stream(to + i + k, load<F32V>(from + i + k));
-    __builtin_memcpy(to + i, from + i, size_t(n - i));
+  // The rows of a tile one behind the other: where they lie, or in a copy.
+  template <class T, class RowOf>
+  SOFTCE_INLINE const T* rows_at(const Block& block, const Group<A>& g, T* copy, RowOf row_of) const {
+    if (block.batch_stride == classes) return reinterpret_cast<const T*>(row_of(g.first));
+    for (int64_t i = 0; i < g.n; ++i)
+      __builtin_memcpy(copy + i * classes, row_of(g.first + i), size_t(classes) * sizeof(T));
+    return copy;
   }
 
   double one(Tile& tile, int64_t first_row, int64_t n) const {
     Group<A>& g = tile.group;
     g.first = first_row;
     g.n = n;
-    for (int64_t i = 0; i < n; ++i) g.shift[i] = g.y[i] = g.t[i] = g.ty[i] = 0;
-    if (!first(tile, false)) {
+    tile.size = n * classes;
+    tile.x = rows_at(ctx.problem.logits, g, tile.x_copy, [&](int64_t r) { return ctx.x_row(r); });
+    if constexpr (kDense)
+      tile.d = rows_at(ctx.target.dense, g, tile.d_copy, [&](int64_t r) { return ctx.dense_row(r); });
+    for (int64_t i = 0; i < n; ++i) g.shift[i] = 0;
+    if (!first<false>(tile)) {
       shift(tile);
-      first(tile, true);
+      first<true>(tile);
     }
+    const auto place_of = [&](int64_t i, int64_t c) { return i * classes + c; };
     index_group(
-        ctx, g,
-        [&](int64_t i, int64_t c) {
-          return X::to(reinterpret_cast<const Elem*>(ctx.x_row(first_row + i))[c]) * A(ctx.scale);
-        },
-        [&](int64_t i, int64_t c) { return tile.e[i * pitch + c]; });
+        ctx, g, tile.e, [&](int64_t i, int64_t c) { return X::to(tile.x[i * classes + c]) * A(ctx.scale); }, place_of);
     const auto scale_row = [&](int64_t i, A factor) {
-      for (int64_t c = 0; c < pitch; ++c) tile.e[i * pitch + c] *= factor;
+      for (int64_t c = 0; c < classes; ++c) tile.e[i * classes + c] *= factor;
     };
-    double loss = 0;
-    if (simple(ctx)) {
-      loss = settle_simple(ctx, g, w_sum, scale_row);
-      if (ctx.sparse && ctx.call.op != Op::stats) {
-        const int64_t* index = ctx.target.index + first_row;
-        for (int64_t i = 0; i < n; ++i)
-          if (index[i] != ctx.target.ignore_index) tile.e[i * pitch + index[i]] -= g.take[i];
-      }
-    } else {
-      loss = settle_any(ctx, g, w_sum, scale_row,
-                        [&](int64_t i, int64_t c, A amount) { tile.e[i * pitch + c] -= amount; });
-    }
+    const double loss = settle(ctx, g, w_sum, tile.e, scale_row, place_of);
     if (ctx.call.op != Op::grad) write_group_stats(ctx, g);
     if (ctx.call.op != Op::stats) second(tile);
     return loss;
@@ -260,20 +345,27 @@ struct ShortRows {
 
   double run() {
     for (int64_t c = 0; c < classes; ++c) w_sum += ctx.weight_of(c);
-    int64_t height = kTileSize / pitch;
-    height = height > kGroup ? kGroup : height >= 16 ? height / 16 * 16 : height;  // whole cache lines
+    // Every tile begins at a cache line where the first one does.
+    int64_t whole = 64 / int64_t(sizeof(Elem));
+    for (int64_t c = classes; c % 2 == 0 && whole > 1; c /= 2) whole /= 2;
+    int64_t height = kTileSize / classes / whole * whole;
+    height = height < whole ? whole : height > kGroup ? kGroup : height;
     const int64_t tiles = (ctx.rows + height - 1) / height;
     const int64_t work = height * classes, per_task = work >= kTask ? 1 : kTask / work;
     return sum_tasks(
         ctx.call.parallel, (tiles + per_task - 1) / per_task, [&](int64_t from, int64_t to, double* losses) {
-          const size_t bytes = (sizeof(Tile) + 63) / 64 * 64;
-          char* memory = static_cast<char*>(scratch(
-              0, bytes + size_t((height + 1) * pitch) * sizeof(A) + size_t(height * pitch) * sizeof(Elem) + 64));
+          const int64_t size = height * classes + kPadded;
+          const size_t bytes = (sizeof(Tile) + 63) / 64 * 64, array = (size_t(size) * sizeof(A) + 63) / 64 * 64;
+          constexpr int kArrays = 10;
+          char* memory = static_cast<char*>(scratch(0, bytes + kArrays * array));
           Tile& tile = *reinterpret_cast<Tile*>(memory);
-          tile.e = reinterpret_cast<A*>(memory + bytes);
-          tile.weight = tile.e + height * pitch;
-          tile.stage = reinterpret_cast<Elem*>(tile.weight + pitch);
-          for (int64_t c = 0; kWeighted && c < pitch; ++c) tile.weight[c] = c < classes ? ctx.weight[c] : A(0);
+          const auto values = [&](int k) { return reinterpret_cast<A*>(memory + bytes + size_t(k) * array); };
+          tile.e = values(0), tile.q = values(1), tile.qy = values(2);
+          tile.a = values(3), tile.pull = values(4), tile.weight = values(5);
+          tile.x_copy = reinterpret_cast<Elem*>(values(6)), tile.out_copy = reinterpret_cast<Elem*>(values(7));
+          tile.d_copy = reinterpret_cast<Dense*>(values(8));
+          tile.e_sums = values(9);
+          for (int64_t i = 0; kWeighted && i < size; ++i) tile.weight[i] = ctx.weight[i % classes];
           for (int64_t task = from; task < to; ++task) {
             losses[task] = 0;
             for (int64_t k = task * per_task; k < tiles && k < (task + 1) * per_task; ++k)

@@ -23,7 +23,7 @@ struct Fast {
   static constexpr bool kBase = kKind == Kind::base;
   static constexpr bool kDense = kKind == Kind::probs || kKind == Kind::teacher;
   static constexpr bool kTeacher = kKind == Kind::teacher;
-  static constexpr int kAhead = kPrefetch / (kDense ? 2 : 1) / int(sizeof(Elem));  // elements
+  static constexpr int kAhead = prefetch_bytes(kDense) / int(sizeof(Elem));  // elements
   static_assert(D::kUnit == kUnit && D::NV == NV, "logits and target are read in the same order");
 
   // Accumulators: as few as the latency of an addition allows, because sixteen registers are soon full.

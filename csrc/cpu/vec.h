@@ -159,6 +159,39 @@ SOFTCE_INLINE double add_lanes(F64V v) {
   return sum;
 }
 
+// 0, 1, .. up to a vector's lanes, as template arguments.
+template <int... kLane>
+struct Lanes {};
+template <int kCount, int... kRest>
+struct LanesOf : LanesOf<kCount - 1, kCount - 1, kRest...> {};
+template <int... kLane>
+struct LanesOf<0, kLane...> {
+  using Type = Lanes<kLane...>;
+};
+
+// One step of add_each: lanes whose kHalf bit is clear take a's lane and the one kHalf behind it, the others b's.
+template <class A, int kHalf, class V, int... kLane>
+SOFTCE_INLINE V add_halves(V a, V b, Lanes<kLane...>) {
+  constexpr int kCount = sizeof...(kLane);
+#if defined(__clang__)
+  const V own = __builtin_shufflevector(a, b, ((kLane & kHalf) ? kCount + kLane : kLane)...);
+  const V other = __builtin_shufflevector(a, b, ((kLane & kHalf) ? kCount + kLane - kHalf : kLane + kHalf)...);
+#else
+  using U = typename VecOf<A>::U;
+  const V own = __builtin_shuffle(a, b, U{((kLane & kHalf) ? kCount + kLane : kLane)...});
+  const V other = __builtin_shuffle(a, b, U{((kLane & kHalf) ? kCount + kLane - kHalf : kLane + kHalf)...});
+#endif
+  return own + other;
+}
+
+// As many vectors as they have lanes: lane k of the result is the sum of v[k]'s lanes. Destroys v.
+template <class A, int kHalf = kLanes<A> / 2>
+SOFTCE_INLINE typename VecOf<A>::V add_each(typename VecOf<A>::V* v) {
+  for (int i = 0; i < kHalf; ++i) v[i] = add_halves<A, kHalf>(v[i], v[i + kHalf], typename LanesOf<kLanes<A>>::Type());
+  if constexpr (kHalf > 1) return add_each<A, kHalf / 2>(v);
+  return v[0];
+}
+
 // The sum of a vector's lanes in double.
 template <class A>
 SOFTCE_INLINE double sum_of(typename VecOf<A>::V v) {
