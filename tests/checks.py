@@ -94,6 +94,17 @@ def require_backend(name: str) -> None:
         pytest.skip("; ".join(reasons))
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch's operators and softce's kernels compute on so many threads, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class KernelCalls(Counter[str]):
     """How often each ``softce::`` operator ran, by name without the namespace."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import kernel_calls
+from checks import kernel_calls, threads
 from torch import Tensor
 
 import softce
@@ -122,16 +122,12 @@ def test_the_kernel_runs_once_and_reads_once(cpu_kernels: None) -> None:
 def test_same_bits_on_every_run_thread_and_gradient_or_not(cpu_kernels: None) -> None:
     x, t = torch.randn(300, 1001), torch.rand(300, 1001)
     found = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 1):
-            torch.set_num_threads(count)
-            leaf = x.clone().requires_grad_()
+    for count in (1, 2, 3, 1):
+        leaf = x.clone().requires_grad_()
+        with threads(count):
             loss = bce(leaf, t)
             loss.backward()
-            found.append((loss.detach(), leaf.grad))
-    finally:
-        torch.set_num_threads(threads)
+        found.append((loss.detach(), leaf.grad))
     for loss, grad in found[1:]:
         assert torch.equal(loss, found[0][0]) and grad is not None and torch.equal(grad, found[0][1])
     assert torch.equal(bce(x, t), found[0][0])

@@ -6,15 +6,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import Case, cases
-from checks import same
+from checks import same, threads
 from torch import Tensor
 
 import softce
@@ -28,16 +26,6 @@ LARGE = [
     for target in ("ignored", "probs", "mixup")
     for options in ("smoothed", "none")
 ]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

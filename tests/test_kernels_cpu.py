@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from checks import threads
 from kernel_truth import (
     DTYPES,
     IGNORE,
@@ -116,7 +117,8 @@ def test_a_row_shared_by_threads(isa: str, dtype: torch.dtype, kind: str) -> Non
     target = target_for(kind, x)
     if target.index is not None:
         target.index[2] = 69999
-    check(x, target, spec_for(kind, 70001))
+    with threads(2):
+        check(x, target, spec_for(kind, 70001))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -192,13 +194,9 @@ def test_rows_that_follow_one_another(isa: str, dtype: torch.dtype, in_place: bo
 def test_threads_do_not_change_a_bit(isa: str, dtype: torch.dtype, kind: str, shape: tuple[int, ...]) -> None:
     x = logits_for(shape, dtype)
     target, spec = target_for(kind, x), spec_for(kind, shape[1], mix_a=0.9, mix_b=0.1 / shape[1])
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        with threads(count):
             results.append((*fused_of(x, target, spec), stats_of(x, target, spec)))
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
