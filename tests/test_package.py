@@ -16,6 +16,7 @@ import torch
 
 import softce
 from softce import _library, backends, ops
+from softce.__main__ import main
 from softce._version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,6 +198,9 @@ try:
     softce.cross_entropy(x, t, options=softce.Options(backend="cpu"))
 except RuntimeError as error:
     print(error)
+print("INFO")
+from softce.__main__ import main
+main(["info", "--json"])
 """
 
 
@@ -211,18 +215,22 @@ def test_without_a_library_the_reference_works_and_says_why(tmp_path: Path) -> N
         result = python("-c", MISSING, SOFTCE_LIBRARY=path)
         assert result.returncode == 0, result.stderr
         assert why in result.stderr, "a warning says what is missing"
-        assert "backend 'cpu' cannot run" in result.stdout
-        assert why in result.stdout
-        info = json.loads(python("-m", "softce", "info", "--json", SOFTCE_LIBRARY=path).stdout)
-        assert why in info["backends"]["cpu"][0]
+        error, _, info = result.stdout.partition("INFO\n")
+        assert "backend 'cpu' cannot run" in error
+        assert why in error
+        assert why in json.loads(info)["backends"]["cpu"][0]
 
 
 # ---- the command line ----
 
 SCRIPT = """
 import sys, torch
-loss = torch.nn.functional.cross_entropy(torch.randn(4, 5, requires_grad=True), torch.arange(4))
-print(__name__, sys.argv[1:], sys.path[0], type(loss.grad_fn).__name__)
+from torch.nn.functional import cross_entropy
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    loss = cross_entropy(torch.randn(4, 5, requires_grad=True), torch.arange(4))
+    loss.backward()
+fused = "softce::row_fused" in {event.name for event in profile.events()}
+print(__name__, sys.argv[1:], sys.path[0], type(loss.grad_fn).__name__, fused)
 """
 
 
@@ -233,27 +241,28 @@ def test_run_takes_an_unchanged_script_or_module(tmp_path: Path) -> None:
     own = python(str(folder / "script.py"), "--flag", "-m", "x", cwd=tmp_path)
     on_softce = python("-m", "softce", "run", str(folder / "script.py"), "--flag", "-m", "x", cwd=tmp_path)
     assert on_softce.returncode == 0, on_softce.stderr
-    *same, node = on_softce.stdout.split()
-    assert same == own.stdout.split()[:-1]
-    assert own.stdout.split()[-1] == "NllLossBackward0"
-    if not backends.unavailable("cpu"):
-        assert node != "NllLossBackward0"
+    *same, node, fused = on_softce.stdout.split()
+    assert same == own.stdout.split()[:-2]
+    assert own.stdout.split()[-2:] == ["NllLossBackward0", "False"]
     as_module = python("-m", "softce", "run", "-m", "script", "1", "-h", cwd=folder)
     assert as_module.returncode == 0, as_module.stderr
     assert as_module.stdout.split()[:3] == ["__main__", "['1',", "'-h']"]
+    if not backends.unavailable("cpu"):
+        assert node != "NllLossBackward0"
+        assert fused == as_module.stdout.split()[-1] == "True"
 
 
-def test_run_passes_the_exit_code_on(tmp_path: Path) -> None:
-    (tmp_path / "fails.py").write_text("raise SystemExit(7)")
-    assert python("-m", "softce", "run", "fails.py", cwd=tmp_path).returncode == 7
-    assert python("-m", "softce", "run").returncode == 2
+@pytest.mark.parametrize("command", ["fly", "run"])
+def test_unknown_command_and_nothing_to_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command])
+    assert stop.value.code == 2
+    assert ("there is no command 'fly'" if command == "fly" else "usage: ") in capsys.readouterr().out
 
 
-def test_unknown_command() -> None:
-    result = python("-m", "softce", "fly")
-    assert result.returncode == 2
-    assert "there is no command 'fly'" in result.stdout
-    assert python("-m", "softce", "--version").stdout.strip() == f"softce {__version__}"
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"softce {__version__}\n"
 
 
 # ---- the build ----
