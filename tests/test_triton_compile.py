@@ -73,27 +73,30 @@ class Compiled(NamedTuple):
     programs: int
 
     def spills(self) -> int:
-        """What goes to memory: accesses to local memory (NVIDIA), spilled vector registers and scratch bytes (AMD).
+        """What goes to memory: bytes of local memory (NVIDIA), spilled vector registers and scratch bytes (AMD).
 
-        AMD's scalar registers, which hold masks here, spill to lanes of vector registers.
+        NVIDIA: a kernel that has no local memory cannot access it; that is told without the disassembler, which takes
+        as long as the compiler. AMD: scalar registers, which hold masks here, spill to lanes of vector registers.
         """
         if "cubin" not in self.kernel.asm:
             text = self.kernel.asm["amdgcn"]
             numbers = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
             assert len(numbers) == 2, numbers
             return sum(map(int, numbers))
-        found = self.instructions()
-        return sum(found[name] for name in ("LDL", "STL", "LDL128", "STL128"))
+        return self._resource("STACK") + self._resource("LOCAL")
 
     def registers(self) -> int:
         if "cubin" not in self.kernel.asm:
             return int(re.search(r"\.vgpr_count:\s+(\d+)", self.kernel.asm["amdgcn"])[1])  # type: ignore[index]
-        return int(re.search(r"REG:(\d+)", self._tool("cuobjdump", "-res-usage"))[1])  # type: ignore[index]
+        return self._resource("REG")
+
+    def _resource(self, name: str) -> int:
+        return int(re.search(rf"{name}:(\d+)", self._tool("cuobjdump", "-res-usage"))[1])  # type: ignore[index]
 
     def instructions(self) -> Counter[str]:
-        """Memory instructions of the machine code: ``LDG128``, ``STG128``, ``LDL``, .."""
+        """Global memory instructions of the machine code: ``LDG``, ``LDG128``, ``STG``, ``STG128``."""
         found: Counter[str] = Counter()
-        for name, rest in re.findall(r"\b(LDG|STG|LDL|STL)([.\w]*)", self._tool("nvdisasm", "-c")):
+        for name, rest in re.findall(r"\b(LDG|STG)([.\w]*)", self._tool("nvdisasm", "-c")):
             found[name + ("128" if ".128" in rest else "")] += 1
         return found
 
