@@ -2,7 +2,7 @@
 # `make demo` and `make test` need Linux, Python >= 3.10, a C++17 compiler and make; they set up the rest in .venv, once.
 #
 #   make demo                the main job: training with torch's loss and with softce's, compared
-#   make test                the tests (PYTEST_ARGS="-k pool")
+#   make test                the tests, in a process a core (PYTEST_ARGS="-k pool"; "-n 0": in one process)
 #   make bench               the benchmarks, side by side with torch (BENCH_ARGS=--quick)
 #   make build               the libraries, in place, for development
 #   make lint                ruff, mypy, clang-format
@@ -29,6 +29,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.softce
 SOURCES := setup.py softce/_version.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# A file's tests stay in one process, for they share what is slow to make; tests/conftest.py says how many there are.
+PYTEST = -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test bench build lint asan test-second-torch gpu wheel clean distclean
 
@@ -61,7 +63,7 @@ demo: $(STAMP)/extra-demo $(STAMP)/build
 	$(BIN)/python -m softce demo $(DEMO_ARGS)
 
 test: $(STAMP)/extra-test $(STAMP)/build
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 bench: $(STAMP)/extra-bench $(STAMP)/build
 	$(BIN)/python -m bench $(BENCH_ARGS)
@@ -100,7 +102,7 @@ test-second-torch: wheel
 	$(SECOND)/venv/bin/python -m pip install --quiet "$$(ls dist/softce-*.whl)[test]"
 	$(SECOND)/venv/bin/python -m pip install --quiet --no-deps --force-reinstall dist/softce-*.whl
 	rm -rf $(SECOND)/tree && mkdir -p $(SECOND)/tree && cp -r tests bench docs csrc README.md pyproject.toml $(SECOND)/tree
-	cd $(SECOND)/tree && ../venv/bin/python -m softce info && ../venv/bin/python -m pytest $(PYTEST_ARGS)
+	cd $(SECOND)/tree && ../venv/bin/python -m softce info && ../venv/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist softce.egg-info softce/*.so softce/_build.json .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -10,6 +11,37 @@ from checks import require_backend
 
 import softce
 from softce import backends
+
+# The files that take longest begin first, so that no process is left with one of them at the end.
+LONGEST = [f"test_{name}.py" for name in ("cuda_build", "triton_compile", "triton", "compile", "bench", "kernels_cpu",
+                                          "package", "demo", "pytorch_suite", "cross_entropy", "pool")]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays to the end: garbage collections, of which some tests ask for many,
+    need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A process a core, but no more than there is work for; each takes up to 1.3 GiB."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes side by side compute on one thread each; a test of threads asks for its number of them."""
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_report_header() -> list[str]:
