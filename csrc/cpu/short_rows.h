@@ -350,6 +350,7 @@ struct ShortRows {
     for (int64_t c = classes; c % 2 == 0 && whole > 1; c /= 2) whole /= 2;
     int64_t height = kTileSize / classes / whole * whole;
     height = height < whole ? whole : height > kGroup ? kGroup : height;
+    if (height > ctx.rows && ctx.rows > 0) height = ctx.rows;
     const int64_t tiles = (ctx.rows + height - 1) / height;
     const int64_t work = height * classes, per_task = work >= kTask ? 1 : kTask / work;
     return sum_tasks(
@@ -365,7 +366,8 @@ struct ShortRows {
           tile.x_copy = reinterpret_cast<Elem*>(values(6)), tile.out_copy = reinterpret_cast<Elem*>(values(7));
           tile.d_copy = reinterpret_cast<Dense*>(values(8));
           tile.e_sums = values(9);
-          for (int64_t i = 0; kWeighted && i < size; ++i) tile.weight[i] = ctx.weight[i % classes];
+          for (int64_t i = 0; kWeighted && i < height; ++i)
+            __builtin_memcpy(tile.weight + i * classes, ctx.weight, size_t(classes) * sizeof(A));
           for (int64_t task = from; task < to; ++task) {
             losses[task] = 0;
             for (int64_t k = task * per_task; k < tiles && k < (task + 1) * per_task; ++k)
