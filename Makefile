@@ -75,7 +75,7 @@ gpu: $(STAMP)/extra-test
 
 lint: $(STAMP)/extra-lint $(STAMP)/extra-test
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check softce bench setup.py
+	$(BIN)/ruff format --check softce bench tests setup.py
 	$(BIN)/mypy
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 

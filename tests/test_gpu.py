@@ -95,9 +95,7 @@ def test_gradgradcheck(case: Case) -> None:
 PLAIN = Spec()
 
 
-def fused(
-    logits: Tensor, target: KernelTarget, spec: Spec = PLAIN, mean: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+def fused(logits: Tensor, target: KernelTarget, spec: Spec = PLAIN, mean: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     loss, dlogits, stats = ops.row_fused(logits, *target, None, -100, list(spec), mean, False)
     return loss, dlogits, stats
 
