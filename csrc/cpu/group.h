@@ -103,15 +103,6 @@ SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, const A* e, Y
   for (int64_t i = 0; i < g.n; ++i) g.entry[i] = g.count[i] = weight && g.live[i] != 0 ? weight[index[i]] : g.live[i];
 }
 
-// Rows that are no whole vector: harmless numbers behind them.
-template <class A>
-inline void pad(Group<A>& g) {
-  for (int64_t i = g.n; i % kLanes<A> != 0; ++i) {
-    g.e[i] = 1;
-    g.y[i] = g.q[i] = g.qy[i] = g.shift[i] = g.entry[i] = g.entry_y[i] = g.entry_e[i] = g.count[i] = g.live[i] = 0;
-  }
-}
-
 // Settles a simple group; returns its part of the loss. w_sum: the sum of the class weights, C where absent.
 // scale_row(i, factor) multiplies the e of a row, for rows whose entry cannot be told in units of e.
 template <class A, class ScaleRow>
@@ -130,7 +121,10 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, Sc
     for (int64_t j = i; j < g.n; ++j) buffer[j - i] = p[g.first + j];
     return doubles(buffer);
   };
-  pad(g);
+  for (int64_t i = g.n; i % kStep != 0; ++i) {  // lanes behind the last row: harmless numbers
+    g.e[i] = 1;
+    g.y[i] = g.q[i] = g.qy[i] = g.shift[i] = g.entry[i] = g.entry_y[i] = g.entry_e[i] = g.count[i] = g.live[i] = 0;
+  }
   F64V total{};
   U64V odd{};
   for (int64_t i = 0; i < g.n; i += kStep) {

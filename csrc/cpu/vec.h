@@ -141,24 +141,6 @@ SOFTCE_INLINE void stream_end() {
 #endif
 }
 
-// The sum of a vector's lanes, in its own type.
-SOFTCE_INLINE float add_lanes(F32V v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#elif defined(__AVX2__)
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-#else
-  return (v[0] + v[2]) + (v[1] + v[3]);
-#endif
-}
-SOFTCE_INLINE double add_lanes(F64V v) {
-  double sum = v[0];
-  for (int i = 1; i < kLanes<double>; ++i) sum += v[i];
-  return sum;
-}
-
 // 0, 1, .. up to a vector's lanes, as template arguments.
 template <int... kLane>
 struct Lanes {};
