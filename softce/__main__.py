@@ -45,10 +45,12 @@ def bench(arguments: list[str]) -> None:
 def run(arguments: list[str]) -> None:
     """SCRIPT [ARGS...] or -m MODULE [ARGS...]: run it unchanged, with every cross-entropy on softce"""
     as_module = arguments[:1] == ["-m"]
-    name, *rest = arguments[1:] if as_module else arguments or [""]
+    name, *rest = (arguments[1:] if as_module else arguments) or [""]
     if name == "" or (name.startswith("-") and not as_module):
         print(f"usage: python -m softce run {run.__doc__}")
         raise SystemExit(0 if name in ("-h", "--help") else 2)
+    if not as_module and not Path(name).exists():
+        raise SystemExit(f"softce run: there is no file {name!r}")
     importlib.import_module("softce.install").install()
     sys.argv = [name, *rest]
     if as_module:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from functools import cache
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def empty_cache() -> int:
     return int(CPU.function("softce_pool_empty", ctypes.c_int64)())
 
 
-def set_pool_limits(max_idle_bytes: int | None = None, idle_seconds: float | None = None) -> None:
+def set_pool_limits(max_idle_bytes: float | None = None, idle_seconds: float | None = None) -> None:
     """Bounds the idle memory of the pool that large gradients on the CPU come from.
 
     Outputs of 4 MiB and more are taken from 2 MiB-aligned memory with huge pages; when such a tensor dies, its memory
@@ -172,22 +173,27 @@ def set_pool_limits(max_idle_bytes: int | None = None, idle_seconds: float | Non
     size, and is grown for one up to twice its size.
 
     Args:
-        max_idle_bytes: default: a quarter of the machine's memory (of the control group's limit, if that is less), or
-            the environment variable ``SOFTCE_POOL_LIMIT``, in bytes or with a suffix K, M, G. 0 keeps nothing.
-        idle_seconds: default 10, or ``SOFTCE_POOL_IDLE_SECONDS``.
+        max_idle_bytes: 0 keeps nothing, ``math.inf`` everything; None leaves the bound as it is. At the start it is a
+            quarter of the machine's memory (of the control group's limit, if that is less), or the environment variable
+            ``SOFTCE_POOL_LIMIT``, in bytes or with a suffix K, M, G.
+        idle_seconds: None leaves it as it is. At the start it is 10, or ``SOFTCE_POOL_IDLE_SECONDS``.
 
     Raises:
+        TypeError: a bound that is no number.
         ValueError: a negative bound.
     """
-    if (max_idle_bytes is not None and max_idle_bytes < 0) or (idle_seconds is not None and not idle_seconds >= 0):
+    for name, bound in (("max_idle_bytes", max_idle_bytes), ("idle_seconds", idle_seconds)):
+        if bound is not None and not isinstance(bound, Real):
+            raise TypeError(f"set_pool_limits: {name} must be a number or None, not {type(bound).__name__}")
+    if (max_idle_bytes is not None and not max_idle_bytes >= 0) or (idle_seconds is not None and not idle_seconds >= 0):
         raise ValueError(
             f"set_pool_limits: bounds must not be negative, got max_idle_bytes={max_idle_bytes}, "
             f"idle_seconds={idle_seconds}"
         )
     if CPU.reason() is not None:
         return
-    limit = -1 if max_idle_bytes is None else int(max_idle_bytes)
-    idle = -1 if idle_seconds is None else min(int(idle_seconds * 1000), 2**53)
+    limit = -1 if max_idle_bytes is None else int(min(max_idle_bytes, 2**62))
+    idle = -1 if idle_seconds is None else int(min(idle_seconds * 1000, 2**53))
     CPU.function("softce_pool_configure", None, ctypes.c_int64, ctypes.c_int64)(limit, idle)
 
 

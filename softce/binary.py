@@ -19,10 +19,13 @@ from torch.nn import _reduction
 from . import validate
 from .autograd import is_batched
 from .dispatch import is_plain, reasons_against_kernels
+from .layout import check_dense
 from .ops import acc_dtype
 from .options import DEFAULT, Options
-from .settings import default_loss_dtype
+from .settings import check_extras, check_reduction, check_smoothing_type, default_loss_dtype
 
+_NAME = "binary_cross_entropy_with_logits"
+_WEIGHTS = ("weight", "pos_weight")
 _REPEAT = 2048  # a short weight is repeated to at least this length, so that the kernel meets its end seldom
 
 # In one pass over the input: scale * sum of the losses, and its gradient for the input. All tensors are flat; a weight
@@ -77,34 +80,30 @@ def binary_cross_entropy_with_logits(
     Raises:
         ValueError: a target of another shape, a bad ``reduction``.
         RuntimeError: ``label_smoothing`` outside [0, 1], a weight that does not broadcast, dtypes that are not
-            floating point.
+            floating point, devices that differ.
+        TypeError: an argument of a wrong type.
 
     Warns:
         UserWarning: on CPU, targets that are negative, above 1 or nan.
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
+    reduction = check_reduction(reduction)
+    check_smoothing_type(_NAME, label_smoothing)
     tensors = {"input": input, "target": target, "weight": weight, "pos_weight": pos_weight}
     for name, x in tensors.items():
-        if x is not None and not isinstance(x, Tensor):
-            raise TypeError(f"binary_cross_entropy_with_logits: {name} must be Tensor, not {type(x).__name__}")
+        _check_tensor(name, x)
     if target.shape != input.shape:
         raise ValueError(f"Target size ({list(target.shape)}) must be the same as input size ({list(input.shape)})")
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     promoted = input.dtype
     for name, x in tensors.items():
-        if x is None:
-            continue
-        if not x.is_floating_point():
-            hint = ": for class labels of 0 and 1 pass target.float()" if name == "target" else ""
-            raise RuntimeError(f"binary_cross_entropy_with_logits: {name} must be floating point, got {x.dtype}{hint}")
-        promoted = torch.promote_types(promoted, x.dtype)
-    for name in ("weight", "pos_weight"):
-        _check_broadcast(name, tensors[name], input)
+        if x is not None:
+            _check_fit(name, x, input)
+            promoted = torch.promote_types(promoted, x.dtype)
     options = DEFAULT if options is None else options
+    check_extras(None, loss_dtype, options)
     if options.validate:
         validate.check_binary(target)
 
@@ -133,10 +132,21 @@ def binary_cross_entropy_with_logits(
     return loss.to(default_loss_dtype(promoted, input.device.type) if loss_dtype is None else loss_dtype)
 
 
-def _check_broadcast(name: str, x: Tensor | None, input: Tensor) -> None:
-    if x is None:
+def _check_tensor(name: str, x: Tensor | None) -> None:
+    if x is None and name in _WEIGHTS:
         return
-    if x.device != input.device and x.dim():
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{_NAME}: {name} must be Tensor, not {type(x).__name__}")
+    check_dense(f"{_NAME}: {name}", x)
+
+
+def _check_fit(name: str, x: Tensor, input: Tensor) -> None:
+    if x.is_complex() or not (name in _WEIGHTS or x.is_floating_point()):
+        hint = ": for class labels of 0 and 1 pass target.float()" if name == "target" else ""
+        error = NotImplementedError if name == "input" else RuntimeError  # torch's types
+        raise error(f"{_NAME}: {name} must be floating point, got {x.dtype}{hint}")
+    number = name in _WEIGHTS and x.dim() == 0 and x.device.type == "cpu"  # goes with every device, as in torch
+    if x.device != input.device and not number:
         raise RuntimeError(f"Expected {name} on the input's device {input.device}, got {x.device}")
     try:
         fits = torch.broadcast_shapes(x.shape, input.shape) == input.shape

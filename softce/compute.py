@@ -21,7 +21,7 @@ from .probs import log_probabilities
 from .reduction import per_mean, reduce_rows
 from .row_losses import RowLoss, without_factor
 from .settings import FLOATS, Stats, cached_spec, check_row_weight, default_loss_dtype, make_spec
-from .target_rows import class_factor_rows, counts, target_entropy
+from .target_rows import check_class_factor, class_factor_rows, counts, target_entropy
 from .targets import ClassIndices, ClassProbabilities, Form, Target
 
 
@@ -81,7 +81,7 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
     spec = spec_of(ask, layout.classes, known_row_loss, kernel_form)
     call = Call(target, ignore_index, spec)
     if class_factor is not None:
-        rows, reduction = _by_class(class_factor, call, rows, layout, acc, reduction)
+        rows, reduction = _by_class(class_factor, call, rows, layout, logits.device, acc, reduction)
     kernel = use_kernel(logits, ask.options)
     offset = target_entropy(target, ignore_index, spec, acc, layout.classes, kernel) if kernel_form.divergence else None
     one_pass = (
@@ -208,12 +208,12 @@ def _by_class(
     call: Call,
     rows: Tensor | None,
     layout: Layout,
+    device: torch.device,
     acc: torch.dtype,
     reduction: str,
 ) -> tuple[Tensor, str]:
     """Row weights that hold the row loss's factor of each row, and the reduction that goes with them."""
-    if class_factor.shape[0] != layout.classes:
-        raise ValueError(f"row_loss: expected one factor for each of {layout.classes} classes, got {len(class_factor)}")
+    check_class_factor(class_factor, layout.classes, device)
     factor = class_factor_rows(class_factor, call.target, call.ignore_index, call.spec, acc)
     return fold_factor(factor, call, rows, reduction)
 

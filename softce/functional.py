@@ -12,10 +12,11 @@ from torch.nn import _reduction
 
 from . import validate
 from .compute import Request, loss_of
+from .layout import check_dense
 from .options import DEFAULT, Options
 from .quick import quick_loss
 from .row_losses import RowLoss
-from .settings import Stats, check_extras, check_types, check_weight
+from .settings import Stats, check_extras, check_reduction, check_types, check_weight
 from .targets import Target, as_target
 
 
@@ -100,8 +101,7 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if reduction not in ("mean", "none", "sum"):
-        raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
+    reduction = check_reduction(reduction)
     if not isinstance(input, Tensor):
         raise TypeError(f"cross_entropy: input must be Tensor, not {type(input).__name__}")
     plain = weight is None and row_loss is None and row_weight is None and loss_dtype is None and options is None
@@ -110,6 +110,7 @@ def cross_entropy(
         quick = quick_loss(input, target, ignore_index, reduction, label_smoothing, settings, empty)
         if quick is not None:
             return quick
+    check_dense("cross_entropy: input", input)
     form = as_target(input, target)
     check_types(weight, ignore_index, label_smoothing)
     if input.dim() == 0:

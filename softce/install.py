@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .dispatch import reasons_against_kernels
 from .functional import cross_entropy
+from .layout import is_dense
 from .options import Options
 from .settings import FLOATS
 
@@ -52,7 +53,8 @@ def _cross_entropy_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    takes = input.dtype in FLOATS and input.dim() > 0 and not reasons_against_kernels(input)
+    dense = all(x is None or is_dense(x) for x in (input, target, weight))
+    takes = dense and input.dtype in FLOATS and input.dim() > 0 and not reasons_against_kernels(input)
     if not takes:
         return _torch_own(input, target, weight, reduction, ignore_index, label_smoothing)
     loss = cross_entropy(

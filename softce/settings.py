@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import lru_cache
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .layout import check_dense
 from .ops import PHI_IDENTITY, Spec
 from .options import Options
 from .row_losses import RowLoss
@@ -55,7 +58,7 @@ def make_spec(
 ) -> Spec:
     """The scalars of a call, checked."""
     for name, value in (("temperature", temperature), ("softcap", softcap), ("z_loss", z_loss)):
-        if value is None or isinstance(value, (str, bytes, Tensor)):
+        if isinstance(value, Tensor) or not _is_number(value):
             raise TypeError(f"cross_entropy: {name} must be float, not {type(value).__name__}")
     e = label_smoothing
     if e > 1.0:
@@ -103,12 +106,39 @@ def check_extras(row_loss: object, loss_dtype: torch.dtype | None, options: obje
 
 
 def check_types(weight: Tensor | None, ignore_index: int, label_smoothing: float) -> None:
-    if weight is not None and not isinstance(weight, Tensor):
-        raise TypeError(f"cross_entropy: weight must be Tensor, not {type(weight).__name__}")
-    if isinstance(ignore_index, (float, str, bytes)) or ignore_index is None:
+    if weight is not None:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"cross_entropy: weight must be Tensor, not {type(weight).__name__}")
+        check_dense("cross_entropy: weight", weight)
+    if not _is_number(ignore_index, integral=True):
         raise TypeError(f"cross_entropy: ignore_index must be int, not {type(ignore_index).__name__}")
-    if isinstance(label_smoothing, (str, bytes)) or label_smoothing is None:
-        raise TypeError(f"cross_entropy: label_smoothing must be float, not {type(label_smoothing).__name__}")
+    check_smoothing_type("cross_entropy", label_smoothing)
+
+
+def check_smoothing_type(owner: str, label_smoothing: object) -> None:
+    """Raise TypeError for what torch does not take as a float either."""
+    if not _is_number(label_smoothing):
+        want = "float that needs no gradient" if isinstance(label_smoothing, Tensor) else "float"
+        raise TypeError(f"{owner}: label_smoothing must be {want}, not {type(label_smoothing).__name__}")
+
+
+def _is_number(value: object, integral: bool = False) -> bool:
+    """Whether torch takes ``value`` for a float or, with ``integral``, an int argument."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.requires_grad and not (integral and value.is_floating_point())
+    if integral:
+        return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
+    return isinstance(value, (Real, torch.SymInt, torch.SymFloat))
+
+
+def check_reduction(reduction: str) -> str:
+    """``"none"``, ``"mean"`` or ``"sum"``; torch's old name of the mean is still taken, as in torch."""
+    if reduction in ("mean", "none", "sum"):
+        return reduction
+    if reduction == "elementwise_mean":
+        warnings.warn("reduction='elementwise_mean' is deprecated, use reduction='mean'", stacklevel=3)
+        return "mean"
+    raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
 
 
 def check_weight(weight: Tensor, input: Tensor, form: Target) -> None:

@@ -90,6 +90,16 @@ def _sparse_entropy(
     return torch.where(padding.all(1), 0.0, total)
 
 
+def check_class_factor(class_factor: Tensor, classes: int, device: torch.device) -> None:
+    """Raise for factors by class that do not fit logits of ``classes`` classes on ``device``."""
+    if class_factor.shape[0] != classes:
+        raise ValueError(f"row_loss: expected one factor for each of {classes} classes, got {class_factor.shape[0]}")
+    if class_factor.device != device:
+        raise RuntimeError(
+            f"row_loss: expected its factors by class on {device}, as the input, got {class_factor.device}"
+        )
+
+
 def class_factor_rows(
     class_factor: Tensor, target: KernelTarget, ignore_index: int, spec: Spec, acc: torch.dtype
 ) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import Layout
+from .layout import Layout, check_dense
 from .ops import DENSE_LOGITS, DENSE_PROBS, KernelTarget
 from .validate import check_logits, check_probabilities, may_look, min_of
 
@@ -62,7 +62,8 @@ def _check_rows(name: str, input: Tensor, got: tuple[int, ...]) -> None:
     if input.dim() == 1:
         if got == (1,):
             return
-        raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {list(got)} ({name})")
+        error = ValueError if len(got) == 1 else RuntimeError
+        raise error(f"For 1D input, 1D target must have size 1, but got target size: {list(got)} ({name})")
     got_batch = got[0] if got else 0
     if input.shape[0] != got_batch:
         raise ValueError(
@@ -84,6 +85,7 @@ def _check_tensors(form: Target, *names: str) -> None:
         x = getattr(form, name)
         if not isinstance(x, Tensor):
             raise TypeError(f"{type(form).__name__}: {name} must be Tensor, not {type(x).__name__}")
+        check_dense(f"{type(form).__name__}: {name}", x)
 
 
 def _check_float(name: str, x: Tensor, what: str) -> None:
@@ -92,6 +94,8 @@ def _check_float(name: str, x: Tensor, what: str) -> None:
 
 
 def _check_indices(name: str, input: Tensor, index: Tensor) -> None:
+    if input.dim() > 1 and index.shape[:1] != input.shape[:1]:
+        _check_rows(name, input, tuple(index.shape))  # torch too looks at the batch size before the dtype
     if index.dtype != torch.int64 and index.dtype != torch.uint8:
         hint = ""
         if index.is_floating_point():
@@ -377,6 +381,7 @@ class Teacher(Target):
 def as_target(input: Tensor, target: Any) -> Target:
     """The target form of what the caller gave."""
     if isinstance(target, Tensor):
+        check_dense("cross_entropy: target", target)
         if target.shape == input.shape and input.dim() > 0:
             return ClassProbabilities(target)
         if target.is_floating_point() and target.dim() == input.dim() > 1:

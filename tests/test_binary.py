@@ -240,6 +240,13 @@ def test_module() -> None:
     assert isinstance(module, torch.nn.BCEWithLogitsLoss)
 
 
+def test_integer_weights_and_numbers_on_the_cpu() -> None:
+    x, t, w = torch.randn(4, 3), torch.rand(4, 3), torch.tensor([1, 2, 0])
+    want = F.binary_cross_entropy_with_logits(x, t, w > 1, pos_weight=w)
+    torch.testing.assert_close(bce(x, t, w > 1, pos_weight=w), want)
+    assert bce(x.to("meta"), t.to("meta"), torch.tensor(2.0)).device.type == "meta"
+
+
 def test_bad_arguments() -> None:
     x, t = torch.randn(4, 3), torch.rand(4, 3)
     with pytest.raises(ValueError, match="Target size"):
@@ -248,6 +255,16 @@ def test_bad_arguments() -> None:
         bce(x, t, reduction="average")
     with pytest.raises(RuntimeError, match=r"target.float\(\)"):
         bce(x, (t > 0.5).long())
+    with pytest.raises(NotImplementedError, match="input must be floating point, got"):
+        bce(x.long(), t)
+    with pytest.raises(NotImplementedError, match="target must be a dense tensor"):
+        bce(x, t.to_sparse())
+    for where in ({"target": t.to("meta")}, {"weight": t.to("meta")}, {"pos_weight": torch.tensor(1.0, device="meta")}):
+        with pytest.raises(RuntimeError, match=f"Expected {next(iter(where))} on the input's device cpu, got meta"):
+            bce(x, **{"target": t, **where})
+    for kwargs in ({"label_smoothing": "some"}, {"label_smoothing": None}, {"loss_dtype": torch.int64}, {"options": 1}):
+        with pytest.raises(TypeError, match=next(iter(kwargs))):
+            bce(x, t, **kwargs)
     with pytest.raises(RuntimeError, match="pos_weight must broadcast"):
         bce(x, t, pos_weight=torch.rand(4))
     with pytest.raises(RuntimeError, match="weight must broadcast"):

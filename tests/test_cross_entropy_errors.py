@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,16 @@ ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] 
     "spatial probabilities": ((torch.randn(2, 3, 5), torch.rand(2, 3, 4)), {}, RuntimeError, "target"),
     "more dimensions": ((X, torch.zeros(3, 1, dtype=torch.int64)), {}, RuntimeError, "target"),
     "unbatched": ((torch.randn(4), torch.tensor([0, 1])), {}, ValueError, "size 1, but got target size: .*2"),
+    "unbatched, 2d": (
+        (torch.randn(4), torch.zeros(1, 1, dtype=torch.int64)),
+        {},
+        RuntimeError,
+        r"target size: \[1, 1\]",
+    ),
+    "batch of regression targets": ((X, torch.rand(5)), {}, ValueError, r"batch_size \(3\) to match target batch_size"),
+    "unbatched regression targets": ((torch.randn(4), torch.rand(2)), {}, RuntimeError, "Long or Byte"),
+    "sparse input": ((X.to_sparse(), Y), {}, NotImplementedError, "input must be a dense tensor, got layout.*to_dense"),
+    "sparse target": ((X, Y.to_sparse()), {}, NotImplementedError, "target must be a dense tensor"),
     "int32": ((X, Y.int()), {}, RuntimeError, "expected target dtype to be Long or Byte, but got torch.int32"),
     "int16": ((X, Y.short()), {}, RuntimeError, "Long or Byte"),
     "int8": ((X, Y.to(torch.int8)), {}, RuntimeError, "Long or Byte"),
@@ -69,7 +80,23 @@ ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] 
     "target None": ((X, None), {}, TypeError, "target"),
     "weight type": ((X, Y), {"weight": [1.0] * 4}, TypeError, "weight"),
     "ignore_index type": ((X, Y), {"ignore_index": 1.5}, TypeError, "ignore_index"),
+    "ignore_index bool": ((X, Y), {"ignore_index": True}, TypeError, "ignore_index must be int, not bool"),
+    "ignore_index list": ((X, Y), {"ignore_index": [1]}, TypeError, "ignore_index must be int, not list"),
+    "ignore_index float tensor": ((X, Y), {"ignore_index": torch.tensor(1.0)}, TypeError, "ignore_index must be int"),
     "label_smoothing type": ((X, Y), {"label_smoothing": "much"}, TypeError, "label_smoothing"),
+    "label_smoothing list": ((X, Y), {"label_smoothing": [0.1]}, TypeError, "label_smoothing must be float, not list"),
+    "label_smoothing of classes": (
+        (X, Y),
+        {"label_smoothing": torch.rand(4)},
+        TypeError,
+        "label_smoothing must be float",
+    ),
+    "label_smoothing with gradient": (
+        (X, Y),
+        {"label_smoothing": torch.tensor(0.1, requires_grad=True)},
+        TypeError,
+        "label_smoothing must be float that needs no gradient, not Tensor",
+    ),
 }
 
 
@@ -82,6 +109,30 @@ def test_errors(name: str, options: softce.Options) -> None:
     for more in ({"options": options}, {}):
         with pytest.raises(kind, match=message):
             softce.cross_entropy(*args, **more, **kwargs)
+
+
+@pytest.mark.parametrize("number", [torch.tensor(1), np.int64(1), np.uint8(1)])
+def test_numbers_of_other_kinds(number: Any) -> None:
+    """Of NumPy, and tensors of one: what torch takes."""
+    x = X.clone().requires_grad_()
+    for kwargs in ({"ignore_index": number}, {"label_smoothing": number * 0.5}, {"label_smoothing": number}):
+        torch.testing.assert_close(softce.cross_entropy(x, Y, **kwargs), F.cross_entropy(x, Y, **kwargs))
+
+
+def test_old_name_of_the_mean() -> None:
+    for loss in (F.cross_entropy, softce.cross_entropy, softce.binary_cross_entropy_with_logits):
+        target = Y if loss is not softce.binary_cross_entropy_with_logits else T
+        with pytest.warns(UserWarning, match="elementwise_mean"):
+            got = loss(X, target, reduction="elementwise_mean")
+        assert torch.equal(got, loss(X, target))
+
+
+def test_nested_tensors_are_refused() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
+    with pytest.raises(NotImplementedError, match="input must be a dense tensor, got a nested one"):
+        softce.cross_entropy(nested, Y)
+    with pytest.raises(NotImplementedError, match="Teacher: logits must be a dense tensor"):
+        softce.Teacher(nested)
 
 
 def test_no_gradient_of_an_index_out_of_range(options: softce.Options) -> None:

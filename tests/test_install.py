@@ -23,6 +23,7 @@ import softce
 
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, -100, 4, 2])
+P = torch.softmax(X.flip(0), 1)
 
 
 @pytest.fixture(autouse=True)
@@ -234,13 +235,16 @@ class Wrapped(Tensor):
     """A tensor subclass that softce knows nothing of."""
 
 
-def test_subclasses_other_devices_and_dtypes_go_to_torch() -> None:
-    wrapped = X.as_subclass(Wrapped)
+def test_subclasses_other_devices_dtypes_and_layouts_go_to_torch() -> None:
+    wrapped, without = X.as_subclass(Wrapped), F.cross_entropy(X, P.to_sparse())
     with softce.installed():
         got = F.cross_entropy(wrapped, Y)
         assert isinstance(got, Wrapped)
         torch.testing.assert_close(torch.Tensor(got), F.cross_entropy(X, Y))
         assert F.cross_entropy(X.to("meta"), Y.to("meta")).device.type == "meta"
+        assert torch.equal(F.cross_entropy(X, P.to_sparse()), without)
+        with pytest.raises(NotImplementedError, match="SparseCPU"):
+            F.cross_entropy(X.to_sparse(), Y)
         for bad in (X.long(), X.to(torch.complex64), X.to(torch.float8_e4m3fn)):
             with pytest.raises((NotImplementedError, RuntimeError)):
                 F.cross_entropy(bad, Y)

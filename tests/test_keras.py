@@ -160,6 +160,10 @@ def test_bad_arguments() -> None:
         losses.CategoricalCrossentropy(label_smoothing=1.5)
     with pytest.raises(ValueError, match="axis"):
         losses.CategoricalCrossentropy(axis=True)
+    with pytest.raises(IndexError, match=r"axis must be in \[-2, 1\].* got 2"):
+        losses.SparseCategoricalCrossentropy(axis=2)(torch.tensor([0, 1]), torch.rand(2, 3))
+    with pytest.raises(IndexError, match=r"axis must be in \[-1, 0\]"):
+        losses.CategoricalCrossentropy(axis=1)(torch.rand(3), torch.rand(3))
     with pytest.raises(ValueError, match="SparseCategoricalCrossentropy"):
         losses.CategoricalCrossentropy()(torch.tensor([0, 1]), torch.rand(2, 3))
     with pytest.raises(ValueError, match="class axis"):

@@ -252,10 +252,12 @@ def test_run_takes_an_unchanged_script_or_module(tmp_path: Path) -> None:
         assert fused == as_module.stdout.split()[-1] == "True"
 
 
-@pytest.mark.parametrize("command", ["fly", "run"])
+@pytest.mark.parametrize("command", ["fly", "run", "run -m"])
 def test_unknown_command_and_nothing_to_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="there is no file"):
+        main(["run", "nowhere.py"])
     with pytest.raises(SystemExit) as stop:
-        main([command])
+        main(command.split())
     assert stop.value.code == 2
     assert ("there is no command 'fly'" if command == "fly" else "usage: ") in capsys.readouterr().out
 

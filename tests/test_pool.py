@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -229,7 +230,17 @@ def test_environment_sets_the_bounds() -> None:
     assert "SOFTCE_POOL_LIMIT must be a number of bytes such as 1000000, 512M or 2G, got 'lots'" in result.stderr
 
 
+def test_endless_bounds() -> None:
+    for bound in (2**80, math.inf):
+        _library.set_pool_limits(bound, bound)
+        assert softce.pool_stats()["limit_bytes"] >= 2**60 and softce.pool_stats()["idle_ms"] >= 2**50
+    _library.set_pool_limits()
+    assert softce.pool_stats()["limit_bytes"] >= 2**60
+
+
 def test_negative_bounds_are_refused() -> None:
+    with pytest.raises(TypeError, match="max_idle_bytes must be a number or None, not str"):
+        _library.set_pool_limits("1G")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_idle_bytes=-1"):
         _library.set_pool_limits(max_idle_bytes=-1)
     with pytest.raises(ValueError, match="idle_seconds=nan"):

@@ -226,6 +226,8 @@ def test_focal_alpha_edges(options: softce.Options) -> None:
         softce.cross_entropy(
             x, torch.zeros(3, dtype=torch.int64), row_loss=softce.Focal(2.0, alpha[:3]), options=options
         )
+    with pytest.raises(RuntimeError, match=r"row_loss: expected its factors by class on cpu, .* got meta"):
+        softce.cross_entropy(x, y, row_loss=softce.Focal(2.0, alpha.to("meta")), options=options)
     with pytest.raises(TypeError, match="needs the target"):
         softce.Focal(2.0, alpha)(torch.rand(3))
 

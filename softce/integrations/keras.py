@@ -61,6 +61,8 @@ def _axis(axis: Any) -> int:
 
 def _second(x: Tensor, axis: int) -> Tensor:
     """The class axis where softce has it."""
+    if not -x.dim() <= axis < x.dim():
+        raise IndexError(f"axis must be in [{-x.dim()}, {x.dim() - 1}] for y_pred of shape {list(x.shape)}, got {axis}")
     return x.movedim(axis, 1) if x.dim() > 1 else x
 
 
@@ -181,6 +183,7 @@ class SparseCategoricalCrossentropy(_CrossEntropy):
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """The loss of each row."""
+        logits = _second(y_pred, self.axis)
         if y_true.dim() == y_pred.dim() and y_true.shape[self.axis] == 1:
             y_true = y_true.squeeze(self.axis)
         rows = list(y_pred.shape)
@@ -193,7 +196,7 @@ class SparseCategoricalCrossentropy(_CrossEntropy):
         index = y_true.long()
         ignore = -100 if self.ignore_class is None else self.ignore_class
         loss = cross_entropy(
-            _second(y_pred, self.axis),
+            logits,
             index,
             reduction="none",
             ignore_index=ignore,

@@ -19,7 +19,7 @@ from ..ops import ENTROPY, LOSS, PHI_IDENTITY, KernelTarget, Spec, acc_dtype
 from ..options import Options
 from ..row_losses import RowLoss
 from ..settings import FLOATS, Stats, check_row_weight, check_weight
-from ..target_rows import class_factor_rows, target_entropy
+from ..target_rows import check_class_factor, class_factor_rows, target_entropy
 from ..targets import ClassProbabilities, Form, Target, Teacher
 from . import autograd
 from .chunks import work_dtype
@@ -246,10 +246,7 @@ def loss_of(
 
 
 def _factor_rows(class_factor: Tensor, tensors: Tensors, call: Call, acc: torch.dtype) -> Tensor:
-    if class_factor.shape[0] != tensors.classes:
-        raise ValueError(
-            f"row_loss: expected one factor for each of {tensors.classes} classes, got {class_factor.shape[0]}"
-        )
+    check_class_factor(class_factor, tensors.classes, tensors.input.device)
     return _over_target(tensors, acc, lambda t: class_factor_rows(class_factor, t, call.ignore_index, call.spec, acc))
 
 

@@ -18,7 +18,7 @@ from ..functional import cross_entropy
 from ..ops import DENSE_PROBS
 from ..options import DEFAULT, Options
 from ..row_losses import RowLoss
-from ..settings import Stats, check_extras, check_row_weight, check_types, check_weight, make_spec
+from ..settings import Stats, check_extras, check_reduction, check_row_weight, check_types, check_weight, make_spec
 from ..targets import ClassIndices, ClassProbabilities, Target, Teacher, as_target
 from .call import LinearMap, Rows, autocast, loss_of
 from .chunks import Plan, check_budget, plan_of, work_dtype
@@ -95,8 +95,7 @@ def linear_cross_entropy(
 
     All are raised before anything is computed.
     """
-    if reduction not in ("mean", "none", "sum"):
-        raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
+    reduction = check_reduction(reduction)
     options = _options(options)
     check_extras(row_loss, loss_dtype, options)
     ignore_index = -100 if ignore_index is None else ignore_index
