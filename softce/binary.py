@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import _reduction
 
 from . import validate
+from .arguments import check_number, check_reduction, check_tensor
 from .autograd import is_batched
 from .dispatch import is_plain, reasons_against_kernels
-from .layout import check_dense
 from .ops import acc_dtype
 from .options import DEFAULT, Options
-from .settings import check_extras, check_reduction, check_smoothing_type, default_loss_dtype
+from .settings import check_extras, default_loss_dtype
 
 _NAME = "binary_cross_entropy_with_logits"
 _WEIGHTS = ("weight", "pos_weight")
@@ -89,10 +89,11 @@ def binary_cross_entropy_with_logits(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     reduction = check_reduction(reduction)
-    check_smoothing_type(_NAME, label_smoothing)
+    check_number(f"{_NAME}: label_smoothing", label_smoothing, tensor=True)
     tensors = {"input": input, "target": target, "weight": weight, "pos_weight": pos_weight}
     for name, x in tensors.items():
-        _check_tensor(name, x)
+        if x is not None or name not in _WEIGHTS:
+            check_tensor(f"{_NAME}: {name}", x)
     if target.shape != input.shape:
         raise ValueError(f"Target size ({list(target.shape)}) must be the same as input size ({list(input.shape)})")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -130,14 +131,6 @@ def binary_cross_entropy_with_logits(
         loss = formula(input, target, weight, pos_weight, mixed, acc_dtype(promoted))
         loss = loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
     return loss.to(default_loss_dtype(promoted, input.device.type) if loss_dtype is None else loss_dtype)
-
-
-def _check_tensor(name: str, x: Tensor | None) -> None:
-    if x is None and name in _WEIGHTS:
-        return
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{_NAME}: {name} must be Tensor, not {type(x).__name__}")
-    check_dense(f"{_NAME}: {name}", x)
 
 
 def _check_fit(name: str, x: Tensor, input: Tensor) -> None:

@@ -20,7 +20,7 @@ from .options import Options
 from .probs import log_probabilities
 from .reduction import per_mean, reduce_rows
 from .row_losses import RowLoss, without_factor
-from .settings import FLOATS, Stats, cached_spec, check_row_weight, default_loss_dtype, make_spec
+from .settings import Stats, cached_spec, check_dtype, check_row_weight, default_loss_dtype, make_spec
 from .target_rows import check_class_factor, class_factor_rows, counts, target_entropy
 from .targets import ClassIndices, ClassProbabilities, Form, Target
 
@@ -51,9 +51,8 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
         options = dataclasses.replace(ask.options, backend="auto")
         with gpu.forced(ask.options.backend):
             return loss_of(input, form, weight, ask._replace(options=options))
+    check_dtype("cross_entropy", input)
     dtype = input.dtype
-    if dtype not in FLOATS:
-        raise NotImplementedError(f"cross_entropy: input must be float64, float32, bfloat16 or float16, got {dtype}")
     promoted = form.dtype(input)
     if weight is not None and isinstance(form, ClassProbabilities):
         promoted = torch.promote_types(promoted, weight.dtype)
@@ -142,7 +141,7 @@ def spec_of(ask: Request, classes: int, row_loss: RowLoss | None, form: Form) ->
     """The scalars of a call."""
     # A tracer would look through the cache and warn; it runs this once a graph anyway.
     traced = torch.compiler.is_compiling() or type(classes) is not int  # a symbolic size cannot be a key
-    return (make_spec if traced else cached_spec)(
+    scalars = (
         classes,
         ask.label_smoothing,
         ask.smoothing,
@@ -155,6 +154,12 @@ def spec_of(ask: Request, classes: int, row_loss: RowLoss | None, form: Form) ->
         form.scale,
         ask.empty,
     )
+    if traced:
+        return make_spec(*scalars)
+    try:
+        return cached_spec(*scalars)
+    except TypeError:  # of something that is no key either
+        return make_spec(*scalars)
 
 
 def returned_stats(stats: Tensor, shape: tuple[int, ...]) -> Stats:

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from . import validate
+from .arguments import check_reduction
 from .compute import Request, loss_of
-from .layout import check_dense
 from .options import DEFAULT, Options
 from .quick import quick_loss
 from .row_losses import RowLoss
-from .settings import Stats, check_extras, check_reduction, check_types, check_weight
+from .settings import Stats, check_extras, check_input, check_types, check_weight
 from .targets import Target, as_target
 
 
@@ -102,19 +102,15 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     reduction = check_reduction(reduction)
-    if not isinstance(input, Tensor):
-        raise TypeError(f"cross_entropy: input must be Tensor, not {type(input).__name__}")
     plain = weight is None and row_loss is None and row_weight is None and loss_dtype is None and options is None
     if plain and not (from_probs or return_stats):
         settings = (smoothing, temperature, softcap or 0.0, z_loss)
         quick = quick_loss(input, target, ignore_index, reduction, label_smoothing, settings, empty)
         if quick is not None:
             return quick
-    check_dense("cross_entropy: input", input)
+    check_input("cross_entropy", input)
     form = as_target(input, target)
     check_types(weight, ignore_index, label_smoothing)
-    if input.dim() == 0:
-        raise RuntimeError("cross_entropy: input must have shape (C,), (N, C) or (N, C, d1, ..), got a scalar")
     form.check(input, ignore_index)
     if weight is not None:
         check_weight(weight, input, form)

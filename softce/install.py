@@ -15,9 +15,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .arguments import is_dense
 from .dispatch import reasons_against_kernels
 from .functional import cross_entropy
-from .layout import is_dense
 from .options import Options
 from .settings import FLOATS
 

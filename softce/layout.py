@@ -38,18 +38,6 @@ class Layout(NamedTuple):
         return x if x.stride(2) == 1 else x.contiguous()
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether ``x`` is an ordinary tensor with strides: not sparse, not nested, not in a library's own layout."""
-    return not x.is_nested and x.layout is torch.strided
-
-
-def check_dense(name: str, x: Tensor) -> None:
-    """Raise NotImplementedError for what :func:`is_dense` is not."""
-    if not is_dense(x):
-        got = "a nested one: pad it" if x.is_nested else f"layout {x.layout}: call its to_dense()"
-        raise NotImplementedError(f"{name} must be a dense tensor, got {got}")
-
-
 def layout_of(x: Tensor) -> Layout:
     """Chooses the layout in which ``x`` is read without a copy, by its strides alone."""
     if x.dim() == 2:

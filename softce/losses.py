@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_number, check_tensor
 from .functional import cross_entropy
 from .layout import Layout
 from .ops import acc_dtype
 from .row_losses import LabelRelaxation
-from .settings import default_loss_dtype
+from .settings import check_dtype, check_input, default_loss_dtype
 from .targets import ClassProbabilities, Form, Target, as_target
 from .validate import check_logits
 
@@ -62,8 +63,8 @@ def kl_div_loss(
         target: class probabilities of the input's shape, class indices, or a form of :mod:`softce.targets`.
         weight: ``(C,)`` class weights.
         reduction: as in ``torch.nn.functional.kl_div``, which takes log-probabilities: ``"batchmean"`` divides the sum
-            by the input's first dimension, ``"mean"`` by its number of elements, ``"none"`` gives every class's term,
-            ``(N, C, ..)``. ``"row"`` gives one value a row, ``(N, ..)``.
+            by the input's first dimension (``(C,)`` is one row: by 1), ``"mean"`` by its number of elements, ``"none"``
+            gives every class's term, ``(N, C, ..)``. ``"row"`` gives one value a row, ``(N, ..)``.
         log_target: ``target`` holds log-probabilities.
         arguments: keyword arguments of :func:`softce.cross_entropy`.
 
@@ -73,6 +74,7 @@ def kl_div_loss(
         raise ValueError(f"kl_div_loss: reduction must be one of {', '.join(_KL_REDUCTIONS)}, got {reduction!r}")
     if arguments.pop("return_stats", False):
         raise TypeError("kl_div_loss: return_stats is not available here; call softce.cross_entropy for statistics")
+    check_input("kl_div_loss", input)
     if log_target:
         if not isinstance(target, Tensor):
             raise TypeError(f"kl_div_loss: log_target needs a Tensor target, got {type(target).__name__}")
@@ -85,6 +87,7 @@ def kl_div_loss(
             )
         form = ClassProbabilities(target)
         form.check(input, -100)
+        check_dtype("kl_div_loss", input)
         check_logits(input)
         form.check_values()
         dtype = form.dtype(input)
@@ -112,6 +115,7 @@ def kl_div_loss(
 
 def _mean(input: Tensor, target: Tensor | Target, dim: int, **arguments: Any) -> Tensor:
     """The mean cross-entropy with the classes of ``input`` (and of a dense target) in dimension ``dim``."""
+    check_tensor("pred", input)
     if not -input.dim() <= dim < input.dim():
         raise IndexError(f"dim must be in [{-input.dim()}, {input.dim() - 1}] for shape {list(input.shape)}, got {dim}")
     if isinstance(target, Tensor) and target.shape == input.shape:
@@ -221,5 +225,6 @@ class LabelSmoothingCrossEntropy(nn.Module):
 
 
 def _check_unit(owner: str, name: str, value: float) -> None:
+    check_number(f"{owner}: {name}", value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{owner}: {name} must be in [0, 1], got {value}")

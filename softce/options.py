@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .arguments import check_number
+
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 
@@ -36,8 +38,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ValueError(f"Options: backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
-        if self.memory_budget is not None and self.memory_budget <= 0:
-            raise ValueError(f"Options: memory_budget must be a positive number of bytes, got {self.memory_budget}")
+        if self.memory_budget is not None:
+            check_number("Options: memory_budget", self.memory_budget, integral=True)
+            if self.memory_budget <= 0:
+                raise ValueError(f"Options: memory_budget must be a positive number of bytes, got {self.memory_budget}")
 
 
 DEFAULT = Options()

@@ -55,7 +55,10 @@ def quick_loss(
     if not use_kernel(input, DEFAULT):
         return None
     check_logits(input)
-    spec = cached_spec(classes, label_smoothing, *settings, None, 0, 1.0, 1.0, empty)
+    try:
+        spec = cached_spec(classes, label_smoothing, *settings, None, 0, 1.0, 1.0, empty)
+    except TypeError:
+        return None
     call = Call(KernelTarget(target.unsqueeze(1)), ignore_index, spec)
     try:
         return fused_loss(input, call, None, reduction == "mean", False, False)[0]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arguments import check_number
 from .ops import PHI_FOCAL, PHI_GENERALIZED, PHI_IDENTITY, PHI_LABEL_RELAXATION, PHI_POLY1, Spec
 from .validate import may_look, min_of
 
@@ -49,8 +50,9 @@ def one_minus_exp(x: Tensor) -> Tensor:
     return torch.where(small, -torch.expm1(-near), 1.0 - torch.exp(-torch.where(small, 1.0, x)))
 
 
-def _range(owner: str, name: str, value: float, ok: bool, want: str) -> None:
-    if not ok:
+def _range(owner: str, name: str, value: float, fits: Callable[[float], bool], want: str) -> None:
+    check_number(f"{owner}: {name}", value)
+    if not fits(value):
         raise ValueError(f"{owner}: {name} must be {want}, got {value}")
 
 
@@ -73,9 +75,9 @@ class Focal(RowLoss):
     phi = PHI_FOCAL
 
     def __post_init__(self) -> None:
-        _range("Focal", "gamma", self.gamma, 0 <= self.gamma < math.inf, ">= 0")
+        _range("Focal", "gamma", self.gamma, lambda g: 0 <= g < math.inf, ">= 0")
         if not isinstance(self.alpha, Tensor):
-            _range("Focal", "alpha", self.alpha, 0 <= self.alpha < math.inf, ">= 0")
+            _range("Focal", "alpha", self.alpha, lambda a: 0 <= a < math.inf, ">= 0")
             return
         if self.alpha.dim() != 1 or not self.alpha.is_floating_point():
             raise ValueError(
@@ -129,7 +131,7 @@ class LabelRelaxation(RowLoss):
     phi = PHI_LABEL_RELAXATION
 
     def __post_init__(self) -> None:
-        _range("LabelRelaxation", "alpha", self.alpha, 0 <= self.alpha < 1, "in [0, 1)")
+        _range("LabelRelaxation", "alpha", self.alpha, lambda a: 0 <= a < 1, "in [0, 1)")
 
     def parameters(self) -> tuple[float, float]:
         return float(self.alpha), 0.0
@@ -159,7 +161,7 @@ class GeneralizedCrossEntropy(RowLoss):
     phi = PHI_GENERALIZED
 
     def __post_init__(self) -> None:
-        _range("GeneralizedCrossEntropy", "q", self.q, 0 < self.q <= 1, "in (0, 1]")
+        _range("GeneralizedCrossEntropy", "q", self.q, lambda q: 0 < q <= 1, "in (0, 1]")
 
     def parameters(self) -> tuple[float, float]:
         return float(self.q), 0.0
@@ -183,7 +185,7 @@ class Poly1(RowLoss):
     phi = PHI_POLY1
 
     def __post_init__(self) -> None:
-        _range("Poly1", "epsilon", self.epsilon, -math.inf < self.epsilon < math.inf, "a finite number")
+        _range("Poly1", "epsilon", self.epsilon, lambda e: -math.inf < e < math.inf, "a finite number")
 
     def parameters(self) -> tuple[float, float]:
         return float(self.epsilon), 0.0

@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from functools import lru_cache
-from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layout import check_dense
+from .arguments import check_number, check_tensor
 from .ops import PHI_IDENTITY, Spec
 from .options import Options
 from .row_losses import RowLoss
@@ -58,8 +56,7 @@ def make_spec(
 ) -> Spec:
     """The scalars of a call, checked."""
     for name, value in (("temperature", temperature), ("softcap", softcap), ("z_loss", z_loss)):
-        if isinstance(value, Tensor) or not _is_number(value):
-            raise TypeError(f"cross_entropy: {name} must be float, not {type(value).__name__}")
+        check_number(f"cross_entropy: {name}", value)
     e = label_smoothing
     if e > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {e}")
@@ -105,40 +102,24 @@ def check_extras(row_loss: object, loss_dtype: torch.dtype | None, options: obje
         raise TypeError(f"cross_entropy: loss_dtype must be float64, float32, bfloat16 or float16, got {loss_dtype}")
 
 
+def check_input(owner: str, input: Tensor) -> None:
+    """Raise for logits that are none: no tensor, a sparse one, a scalar."""
+    check_tensor(f"{owner}: input", input)
+    if input.dim() == 0:
+        raise RuntimeError(f"{owner}: input must have shape (C,), (N, C) or (N, C, d1, ..), got a scalar")
+
+
+def check_dtype(owner: str, input: Tensor) -> None:
+    """Raise for a dtype that no loss is computed in, as torch does."""
+    if input.dtype not in FLOATS:
+        raise NotImplementedError(f"{owner}: input must be float64, float32, bfloat16 or float16, got {input.dtype}")
+
+
 def check_types(weight: Tensor | None, ignore_index: int, label_smoothing: float) -> None:
     if weight is not None:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"cross_entropy: weight must be Tensor, not {type(weight).__name__}")
-        check_dense("cross_entropy: weight", weight)
-    if not _is_number(ignore_index, integral=True):
-        raise TypeError(f"cross_entropy: ignore_index must be int, not {type(ignore_index).__name__}")
-    check_smoothing_type("cross_entropy", label_smoothing)
-
-
-def check_smoothing_type(owner: str, label_smoothing: object) -> None:
-    """Raise TypeError for what torch does not take as a float either."""
-    if not _is_number(label_smoothing):
-        want = "float that needs no gradient" if isinstance(label_smoothing, Tensor) else "float"
-        raise TypeError(f"{owner}: label_smoothing must be {want}, not {type(label_smoothing).__name__}")
-
-
-def _is_number(value: object, integral: bool = False) -> bool:
-    """Whether torch takes ``value`` for a float or, with ``integral``, an int argument."""
-    if isinstance(value, Tensor):
-        return value.dim() == 0 and not value.requires_grad and not (integral and value.is_floating_point())
-    if integral:
-        return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
-    return isinstance(value, (Real, torch.SymInt, torch.SymFloat))
-
-
-def check_reduction(reduction: str) -> str:
-    """``"none"``, ``"mean"`` or ``"sum"``; torch's old name of the mean is still taken, as in torch."""
-    if reduction in ("mean", "none", "sum"):
-        return reduction
-    if reduction == "elementwise_mean":
-        warnings.warn("reduction='elementwise_mean' is deprecated, use reduction='mean'", stacklevel=3)
-        return "mean"
-    raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
+        check_tensor("cross_entropy: weight", weight)
+    check_number("cross_entropy: ignore_index", ignore_index, integral=True, tensor=True)
+    check_number("cross_entropy: label_smoothing", label_smoothing, tensor=True)
 
 
 def check_weight(weight: Tensor, input: Tensor, form: Target) -> None:
@@ -163,8 +144,7 @@ def check_weight(weight: Tensor, input: Tensor, form: Target) -> None:
 
 def check_row_weight(row_weight: Tensor, device: torch.device, *shapes: tuple[int, ...]) -> None:
     """Raise for anything but a tensor of one of the shapes on the input's device."""
-    if not isinstance(row_weight, Tensor):
-        raise TypeError(f"row_weight must be Tensor, not {type(row_weight).__name__}")
+    check_tensor("row_weight", row_weight)
     if tuple(row_weight.shape) not in shapes:
         raise ValueError(f"row_weight must have shape {list(shapes[0])}, got {list(row_weight.shape)}")
     if row_weight.device != device:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import Layout, check_dense
+from .arguments import check_number, check_tensor
+from .layout import Layout
 from .ops import DENSE_LOGITS, DENSE_PROBS, KernelTarget
 from .validate import check_logits, check_probabilities, may_look, min_of
 
@@ -82,10 +83,7 @@ def _check_device(name: str, input: Tensor, x: Tensor) -> None:
 
 def _check_tensors(form: Target, *names: str) -> None:
     for name in names:
-        x = getattr(form, name)
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{type(form).__name__}: {name} must be Tensor, not {type(x).__name__}")
-        check_dense(f"{type(form).__name__}: {name}", x)
+        check_tensor(f"{type(form).__name__}: {name}", getattr(form, name))
 
 
 def _check_float(name: str, x: Tensor, what: str) -> None:
@@ -226,12 +224,12 @@ class TopK(Target):
         low, high = torch.aminmax(entries)
         if self._possible(float(low), float(high)):
             return
-        want = "log-probabilities (log=True), none above 0" if self.log else "probabilities, none negative"
+        want = "log-probabilities (log=True), none above 0" if self.log else "finite probabilities, none negative"
         hint = "" if self.log else "; pass log=True for log-probabilities"
         raise ValueError(f"TopK: prob must hold {want} and none nan, got values from {low:.4g} to {high:.4g}{hint}")
 
     def _possible(self, low: float, high: float) -> bool:
-        return high <= _ROUNDING if self.log else low >= -_ROUNDING
+        return high <= _ROUNDING if self.log else low >= -_ROUNDING and high < math.inf
 
     def dtype(self, input: Tensor) -> torch.dtype:
         return torch.promote_types(input.dtype, self.prob.dtype)
@@ -296,6 +294,8 @@ class Mixup(Target):
                 raise TypeError(f"Mixup: lam must be a number or a Tensor, got {type(self.lam).__name__}")
             if not 0.0 <= self.lam <= 1.0:
                 raise ValueError(f"Mixup: lam must be in [0, 1], got {self.lam}")
+        elif self.lam.is_complex():
+            raise RuntimeError(f"Mixup: lam must hold real numbers, got {self.lam.dtype}")
         elif may_look(self.lam) and self.lam.numel():
             low, high = (float(v) for v in torch.aminmax(self.lam.detach()))
             if not (low >= 0.0 and high <= 1.0):
@@ -307,9 +307,8 @@ class Mixup(Target):
         if isinstance(self.lam, Tensor) and self.lam.numel() != 1:
             shape, rows = tuple(self.lam.shape), _row_shape(input)
             if shape != rows and shape != rows[:1]:
-                raise ValueError(
-                    f"Mixup: lam must be a number or have shape {list(rows[:1])} or {list(rows)}, got {list(shape)}"
-                )
+                fitting = " or ".join(dict.fromkeys((str(list(rows[:1])), str(list(rows)))))
+                raise ValueError(f"Mixup: lam must be a number or have shape {fitting}, got {list(shape)}")
 
     def kernel_form(self, layout: Layout, acc: torch.dtype, logits_dtype: torch.dtype, ignore_index: int) -> Form:
         a, b = (t.to(torch.int64).reshape(-1) for t in (self.target_a, self.target_b))
@@ -350,6 +349,7 @@ class Teacher(Target):
 
     def __post_init__(self) -> None:
         _check_tensors(self, "logits")
+        check_number("Teacher: temperature", self.temperature)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"Teacher: temperature must be positive, got {self.temperature}")
         _check_float("Teacher.logits", self.logits, "teacher logits")
@@ -381,7 +381,7 @@ class Teacher(Target):
 def as_target(input: Tensor, target: Any) -> Target:
     """The target form of what the caller gave."""
     if isinstance(target, Tensor):
-        check_dense("cross_entropy: target", target)
+        check_tensor("cross_entropy: target", target)
         if target.shape == input.shape and input.dim() > 0:
             return ClassProbabilities(target)
         if target.is_floating_point() and target.dim() == input.dim() > 1:

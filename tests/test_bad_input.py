@@ -37,6 +37,8 @@ def test_mixup_shapes_and_types() -> None:
         softce.Mixup(a, a, "0.5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="lam must be a number or have shape"):
         softce.cross_entropy(x, softce.Mixup(a, a, torch.rand(3)))
+    with pytest.raises(RuntimeError, match="lam must hold real numbers"):
+        softce.Mixup(a, a, torch.tensor(0.5 + 0.0j))
     with pytest.raises(RuntimeError, match=r"Mixup.target_b .*regression"):
         softce.cross_entropy(x, softce.Mixup(a, a.float(), 0.5))
     with pytest.raises(ValueError, match=r"batch_size .*Mixup.target_b"):
@@ -75,8 +77,8 @@ def test_class_out_of_range_is_an_index_error(bad: int, options: softce.Options)
 
 def test_top_k_values_and_shapes() -> None:
     x, index = torch.randn(2, 5), torch.tensor([[0, 1], [2, 3]])
-    for value in (-0.2, math.nan):
-        with pytest.raises(ValueError, match=r"TopK: prob must hold probabilities.*log=True"):
+    for value in (-0.2, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"TopK: prob must hold finite probabilities.*log=True"):
             softce.cross_entropy(x, softce.TopK(index, torch.tensor([[0.5, 0.2], [value, 0.1]])))
     with pytest.raises(ValueError, match="log-probabilities"):
         softce.cross_entropy(x, softce.TopK(index, torch.full((2, 2), 0.4), log=True))

@@ -95,7 +95,7 @@ ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] 
         (X, Y),
         {"label_smoothing": torch.tensor(0.1, requires_grad=True)},
         TypeError,
-        "label_smoothing must be float that needs no gradient, not Tensor",
+        "label_smoothing must be float, not Tensor; it is a constant",
     ),
 }
 

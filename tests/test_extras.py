@@ -363,6 +363,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "row_weight type": ({"row_weight": [1.0, 1.0, 1.0]}, TypeError, "row_weight must be Tensor"),
     "temperature type": ({"temperature": "hot"}, TypeError, "temperature"),
     "temperature tensor": ({"temperature": torch.tensor(2.0, requires_grad=True)}, TypeError, "temperature"),
+    "temperature list": ({"temperature": [2.0]}, TypeError, "temperature must be float, not list"),
+    "smoothing list": ({"smoothing": ["uniform"]}, ValueError, "smoothing must be"),
     "z_loss type": ({"z_loss": None}, TypeError, "z_loss"),
     "softcap type": ({"softcap": "30"}, TypeError, "softcap"),
     "loss_dtype": ({"loss_dtype": torch.int64}, TypeError, "loss_dtype"),
@@ -378,8 +380,9 @@ def test_bad_arguments(name: str, backend: str) -> None:
     kwargs, kind, message = BAD[name]
     kwargs = {"options": Options(backend=backend), **kwargs}
     x, y = torch.randn(3, 4, requires_grad=True), torch.tensor([0, 1, 2])
-    with pytest.raises(kind, match=message):
-        softce.cross_entropy(x, y, **kwargs)
+    for arguments in (kwargs, BAD[name][0]):
+        with pytest.raises(kind, match=message):
+            softce.cross_entropy(x, y, **arguments)
 
 
 def test_the_module_takes_every_extra() -> None:

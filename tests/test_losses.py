@@ -111,6 +111,16 @@ def test_kl_div_of_ignored_rows_and_bad_arguments() -> None:
         softce.kl_div_loss(x, softce.Teacher(x), log_target=True)
     with pytest.raises(TypeError, match="return_stats"):
         softce.kl_div_loss(x, _soft(3, 4), return_stats=True)
+    for reduction in ("batchmean", "none"):
+        with pytest.raises(TypeError, match="input must be Tensor, not list"):
+            softce.kl_div_loss([0.5, 0.5], _soft(1, 2), reduction=reduction)  # type: ignore[arg-type]
+        with pytest.raises(NotImplementedError, match="input must be float64"):
+            softce.kl_div_loss(x.long(), _soft(3, 4), reduction=reduction)
+        with pytest.raises(RuntimeError, match="got a scalar"):
+            softce.kl_div_loss(x[0, 0], x[0, 0], reduction=reduction)
+    for module in (softce.LabelSmoothingLossCanonical, softce.LabelSmoothingCrossEntropy):
+        with pytest.raises(TypeError, match="smoothing must be float, not str"):
+            module("0.1")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -253,6 +253,20 @@ def test_parameters_out_of_range(make: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("value", ["2", None, [2.0], torch.tensor(2.0, requires_grad=True)])
+def test_parameters_are_numbers(value: Any) -> None:
+    """A tensor would be a constant in silence: nothing would come back to it."""
+    for make, name in (
+        (softce.Focal, "Focal: gamma"),
+        (softce.LabelRelaxation, "LabelRelaxation: alpha"),
+        (softce.GeneralizedCrossEntropy, "GeneralizedCrossEntropy: q"),
+        (softce.Poly1, "Poly1: epsilon"),
+        (lambda t: softce.Teacher(torch.rand(2, 3), t), "Teacher: temperature"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be float, not {type(value).__name__}"):
+            make(value)
+
+
 def test_second_derivatives(options: softce.Options) -> None:
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     y = torch.tensor([0, 4, -100, 2])

@@ -21,6 +21,7 @@ try:
 except ImportError as error:
     raise ImportError("softce.integrations.keras needs Keras 3: pip install 'softce[keras]'") from error
 
+from ..arguments import check_number
 from ..binary import binary_cross_entropy_with_logits
 from ..functional import cross_entropy
 from ..ops import acc_dtype
@@ -297,6 +298,7 @@ class CategoricalFocalCrossentropy(_CrossEntropy):
 
 
 def _unit(name: str, value: float) -> float:
+    check_number(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
     return value

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import validate
+from ..arguments import check_reduction, check_tensor
 from ..compute import Request
 from ..functional import cross_entropy
 from ..ops import DENSE_PROBS
 from ..options import DEFAULT, Options
 from ..row_losses import RowLoss
-from ..settings import Stats, check_extras, check_reduction, check_row_weight, check_types, check_weight, make_spec
+from ..settings import Stats, check_extras, check_row_weight, check_types, check_weight, make_spec
 from ..targets import ClassIndices, ClassProbabilities, Target, Teacher, as_target
 from .call import LinearMap, Rows, autocast, loss_of
 from .chunks import Plan, check_budget, plan_of, work_dtype
@@ -167,8 +168,7 @@ def linear_logprobs(
     Raises:
         RuntimeError, ValueError, IndexError, TypeError: as :func:`linear_cross_entropy`.
     """
-    if not isinstance(index, Tensor):
-        raise TypeError(f"linear_logprobs: index must be Tensor, not {type(index).__name__}")
+    check_tensor("linear_logprobs: index", index)
     if index.is_floating_point():
         raise RuntimeError(f"linear_logprobs: expected index of dtype torch.int64, got {index.dtype}")
     _, stats = linear_cross_entropy(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import check_number, check_tensor
 from ..layout import Layout
 from ..targets import ClassIndices, ClassProbabilities, Form, Target, Teacher
 
@@ -42,6 +43,7 @@ class LinearTeacher(Target):
     divergence: bool = False
 
     def __post_init__(self) -> None:
+        check_number("LinearTeacher: temperature", self.temperature)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"LinearTeacher: temperature must be positive, got {self.temperature}")
         check_linear("LinearTeacher.", "hidden", self.hidden, self.linear_weight, self.linear_bias)
@@ -94,8 +96,8 @@ def check_linear(owner: str, name: str, input: Tensor, weight: Tensor, bias: Ten
     for what, x in given:
         if x is None and what == "linear_bias":
             continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{owner}{what} must be Tensor, not {type(x).__name__}")
+        check_tensor(f"{owner}{what}", x)
+        assert x is not None
         if not x.is_floating_point():
             raise RuntimeError(f"Expected floating point type for {owner}{what}, got {x.dtype}")
         if x.device != input.device:
