@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,6 +141,15 @@ def test_serialises_as_keras_losses_do(name: str, arguments: dict[str, Any]) -> 
     for key, value in arguments.items():
         assert again.get_config()[key] == value
     assert isinstance(loss, keras.losses.Loss)
+
+
+@pytest.mark.parametrize("alpha", [np.array([0.25, 0.5, 1.0]), torch.tensor([0.25, 0.5, 1.0]), np.float64(0.25)])
+def test_arrays_serialise(alpha: Any) -> None:
+    loss = losses.CategoricalFocalCrossentropy(alpha)
+    y_true, y_pred = torch.eye(3), torch.softmax(torch.randn(3, 3), 1)
+    for again in (keras.losses.deserialize(keras.losses.serialize(loss)), pickle.loads(pickle.dumps(loss))):
+        assert again.get_config() == loss.get_config()
+        torch.testing.assert_close(again(y_true, y_pred), loss(y_true, y_pred))
 
 
 def test_signatures_are_keras_own() -> None:

@@ -293,7 +293,8 @@ class CategoricalFocalCrossentropy(_CrossEntropy):
         return -(alpha * torch.pow(1.0 - prob, self.gamma) * y_true * torch.log(prob)).sum(self.axis)
 
     def get_config(self) -> dict[str, Any]:
-        own = {"alpha": self.alpha, "gamma": self.gamma, "label_smoothing": self.label_smoothing}
+        alpha = self.alpha.tolist() if hasattr(self.alpha, "tolist") else self.alpha  # an array is no JSON
+        own = {"alpha": alpha, "gamma": self.gamma, "label_smoothing": self.label_smoothing}
         return {**super().get_config(), **own}
 
 
