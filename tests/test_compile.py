@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from cases import ROW_LOSSES, TARGETS, Case
 from checks import kernel_calls
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import softce
 from softce import Options
@@ -236,3 +237,37 @@ def test_inductor() -> None:
     with kernel_calls() as calls:
         compiled(h).backward()
     assert calls["row_stats"] + calls["row_fused"] >= 1
+
+
+@pytest.mark.parametrize("form", ["index", "probability", "mixup"])
+@pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "dual"])
+def test_transforms_within_a_graph(transform: str, form: str) -> None:
+    """They take the plain formula there too: a kernel's operator has no tangent, and none would come without a word."""
+    x, v = torch.randn(2, 5, 7, dtype=torch.float64)
+    y, p = torch.tensor([0, 6, 2, 2, 1]), torch.softmax(torch.randn(5, 7, dtype=torch.float64), 1)
+    target = {"index": y, "probability": p, "mixup": softce.Mixup(y, y.flip(0), 0.3)}[form]
+
+    def loss(x: Tensor) -> Any:
+        return softce.cross_entropy(x, target, label_smoothing=0.1)
+
+    def dual(x: Tensor, v: Tensor) -> Any:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(loss(forward_ad.make_dual(x, v))).tangent
+
+    apply: Any = {
+        "grad": lambda x, v: torch.func.grad(loss)(x),
+        "jvp": lambda x, v: torch.func.jvp(loss, (x,), (v,))[1],
+        "hessian": lambda x, v: torch.func.hessian(loss)(x),
+        "dual": dual,
+    }[transform]
+    torch.testing.assert_close(torch.compile(apply, backend="aot_eager", fullgraph=True)(x, v), apply(x, v))
+
+
+def test_graph_from_outside_of_forward_mode_is_not_used_within() -> None:
+    x, v = torch.randn(2, 5, 7)
+    y = torch.tensor([0, 6, 2, 2, 1])
+    loss = torch.compile(lambda x: softce.cross_entropy(x, y), backend="aot_eager", fullgraph=True)
+    loss(x)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, v))).tangent
+    torch.testing.assert_close(tangent, torch.func.jvp(lambda x: F.cross_entropy(x, y), (x,), (v,))[1])
