@@ -79,7 +79,8 @@ def install() -> None:
     """Run every ``F.cross_entropy`` and ``nn.CrossEntropyLoss`` of this process on softce, other libraries' included.
 
     What softce has no kernel for (a device, a dtype, a transform) goes to torch's own implementation. Calling it twice
-    is the same as once. Functions that ``torch.compile`` compiled before keep what they were compiled to.
+    is the same as once. Functions that ``torch.compile`` compiled before keep what they were compiled to. Forked
+    processes have it too; spawned ones call it themselves, or run as ``torchrun -m softce run train.py``.
     """
     global _installed
     if _installed is not None:
