@@ -232,7 +232,9 @@ class _Fused(torch.autograd.Function):
             return _vjp_by_statistics(ctx, g_loss, g_stats), None
         assert g_loss is not None
         factor = g_loss.item() if dlogits is None or dlogits.device.type == "cpu" else None
-        if factor is not None and factor != 1.0 and not _exact(factor, ctx.saved_tensors[0].dtype):
+        # The saved tensors are looked at only where they are needed: the logits may have been changed since.
+        dtype = ctx.saved_tensors[0].dtype if dlogits is None else dlogits.dtype
+        if factor is not None and factor != 1.0 and not _exact(factor, dtype):
             return _vjp_by_statistics(ctx, g_loss, g_stats), None
         if dlogits is None:  # a second backward: the first one gave the gradient away
             logits, call, (row_weight, _) = _restore(ctx)

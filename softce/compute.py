@@ -163,8 +163,11 @@ def spec_of(ask: Request, classes: int, row_loss: RowLoss | None, form: Form) ->
 
 
 def returned_stats(stats: Tensor, shape: tuple[int, ...]) -> Stats:
-    """The statistics as the caller gets them, each in the row shape ``shape``."""
-    lse, logp, entropy, correct = (stats[i].reshape(shape) for i in (LSE, TARGET_LOGP, ENTROPY, CORRECT))
+    """The statistics as the caller gets them, each in the row shape ``shape``.
+
+    Copies: backward reads ``stats``, and what is returned may be changed in place.
+    """
+    lse, logp, entropy, correct = (stats[i].clone().reshape(shape) for i in (LSE, TARGET_LOGP, ENTROPY, CORRECT))
     return Stats(lse, logp, entropy, correct != 0)
 
 
@@ -196,8 +199,10 @@ def _reduced(
     row_loss: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     own = row_loss is not None and not isinstance(row_loss, RowLoss)
+    # A row of the statistics, which backward reads: the caller, or its row loss, may change its own copy in place.
+    alone = loss.clone() if own or reduction == "none" else loss
     return reduce_rows(
-        loss,
+        alone,
         count,
         phi=without_factor(row_loss),
         row_weight=rows,

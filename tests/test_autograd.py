@@ -146,6 +146,39 @@ def test_a_gradient_that_was_handed_out_is_not_touched_again(options: Options) -
     torch.testing.assert_close(third, kept)
 
 
+@TARGET_FORMS
+def test_results_for_each_row_may_be_changed_in_place(target: Tensor, options: Options) -> None:
+    """A mask over ``reduction="none"`` is written so; statistics and the argument of a row loss of one's own too."""
+    mask = torch.tensor([1.0, 0.0, 0.5, 2.0], dtype=D)
+    x, z = (X.clone().requires_grad_() for _ in range(2))
+    loss, stats = softce.cross_entropy(x, target, reduction="none", return_stats=True, options=options)
+    loss.mul_(mask)
+    loss[3] = 0.0
+    stats.lse.mul_(mask).square_()
+    stats.entropy[0] = 0.0
+    softce.cross_entropy(x, target, row_loss=lambda rows: rows.mul_(mask), options=options).backward()
+    (loss.sum() + stats.lse.sum() + stats.entropy.sum()).backward()
+    want = F.cross_entropy(z, target, reduction="none") * mask
+    entropy = -(F.softmax(z, 1) * F.log_softmax(z, 1)).sum(1)
+    counted = torch.ones(4, dtype=D) if target is T else (target != -100).double()
+    lse = counted * torch.logsumexp(z, 1) * mask
+    total = want[:3].sum() + lse.square().sum() + (counted * entropy)[1:].sum() + want.sum() / counted.sum()
+    total.backward()
+    torch.testing.assert_close(x.grad, z.grad)
+
+
+def test_logits_may_be_changed_after_a_mean(cpu_kernels: None) -> None:
+    """As with torch, whose log_softmax keeps its result: the gradient is there already."""
+    leaf = X.clone().requires_grad_()
+    for factor in (1.0, 3.0):
+        x = leaf * 1
+        loss = softce.cross_entropy(x, Y)
+        (want,) = torch.autograd.grad(factor * F.cross_entropy(leaf, Y), leaf)
+        with torch.no_grad():
+            x.zero_()
+        torch.testing.assert_close(torch.autograd.grad(factor * loss, leaf)[0], want)
+
+
 def test_two_losses_of_the_same_logits(options: Options) -> None:
     x = X.clone().requires_grad_()
     (softce.cross_entropy(x, Y, options=options) + 2 * softce.cross_entropy(x, T, options=options)).backward()

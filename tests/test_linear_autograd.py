@@ -291,3 +291,15 @@ def test_gradients_stay_the_callers(cpu_kernels: None) -> None:
     copy, w.grad = kept.clone(), None
     linear_ce(2 * x, w, Y).backward()  # type: ignore[union-attr]
     assert same(kept, copy)
+
+
+def test_results_for_each_row_may_be_changed_in_place(cpu_kernels: None) -> None:
+    x, w, _ = leaves(D)
+    y, mask = Y.clamp_min(0), torch.linspace(0, 1, N, dtype=D)
+    loss = linear_ce(x, w, y, reduction="none")
+    logprobs = softce.linear_logprobs(x, w, y)
+    total = (loss.mul_(mask) - logprobs.log_prob.mul_(mask) + logprobs.entropy.mul_(mask)).sum()
+    log_p = F.log_softmax(F.linear(x, w), 1)
+    want = ((2 * F.nll_loss(log_p, y, reduction="none") - (log_p.exp() * log_p).sum(1)) * mask).sum()
+    for a, c in zip(torch.autograd.grad(total, (x, w)), torch.autograd.grad(want, (x, w)), strict=True):
+        torch.testing.assert_close(a, c)
