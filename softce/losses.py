@@ -102,6 +102,11 @@ def kl_div_loss(
         count = input.numel()
     # Of nothing the sum is 0, and dividing it by 0 gives nan unless the caller wants 0.
     scale = 1.0 / count if count else 1.0 if arguments.get("empty") == "zero" else math.nan
+    if torch.compiler.is_compiling() and count:  # a scalar of the call is a constant of the graph: not for every size
+        scale, given = 1.0, arguments.get("row_weight")
+        rows = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
+        each = torch.ones(rows, dtype=torch.float64, device=input.device) if given is None else given
+        arguments["row_weight"] = each / count
     loss = cross_entropy(
         input,
         _Divergence(as_target(input, target), scale),

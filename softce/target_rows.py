@@ -25,10 +25,20 @@ def _over_dense(target: KernelTarget, spec: Spec, acc: torch.dtype, of_rows: Cal
     """``of_rows`` on the target ``t`` as ``(R, C)``, in pieces."""
     assert target.dense is not None
     rows = reference.as_rows(target.dense)
-    step = max(1, _CHUNK // max(1, rows.shape[1]))
-    pieces = (target._replace(dense=rows[i : i + step]) for i in range(0, rows.shape[0], step))
+    pieces = (target._replace(dense=rows[part]) for part in _pieces(rows.shape[0], rows.shape[1]))
     parts = [of_rows(reference.dense_target(piece, spec, acc)) for piece in pieces]
     return torch.cat(parts) if parts else rows.new_zeros(0, dtype=acc)
+
+
+def _pieces(rows: int, each: int) -> list[slice]:
+    """Parts of so many rows of ``each`` elements; one in a compiled graph.
+
+    There a loop would be unrolled, for this number of rows alone, and the compiler fuses what it is given anyway.
+    """
+    if torch.compiler.is_compiling():
+        return [slice(None)]
+    step = max(1, _CHUNK // max(1, each))
+    return [slice(i, i + step) for i in range(0, rows, step)]
 
 
 def target_entropy(
@@ -58,12 +68,10 @@ def target_entropy(
 
     index, value = target.index, target.value
     value = torch.ones(index.shape, dtype=acc, device=index.device) if value is None else value
-    step = max(1, _CHUNK // max(1, index.shape[1] ** 2))
     parts = []
-    for i in range(0, index.shape[0], step):
-        rest = 0.0 if target.rest is None else target.rest[i : i + step, None]
-        piece = index[i : i + step], value[i : i + step], rest
-        parts.append(_sparse_entropy(*piece, weight, ignore_index, spec, classes))
+    for part in _pieces(index.shape[0], index.shape[1] ** 2):
+        rest = 0.0 if target.rest is None else target.rest[part, None]
+        parts.append(_sparse_entropy(index[part], value[part], rest, weight, ignore_index, spec, classes))
     return torch.cat(parts) if parts else value.new_zeros(0)
 
 

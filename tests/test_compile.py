@@ -107,6 +107,26 @@ def test_batch_sizes_do_not_recompile(dense: bool, extra: dict[str, Any]) -> Non
     assert counter.frame_count <= 2
 
 
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "dense": lambda x, t: softce.kl_div_loss(x, t),
+    "row_weight": lambda x, t: softce.kl_div_loss(x, t, reduction="mean", row_weight=t[:, 0]),
+    "topk": lambda x, t: softce.kl_div_loss(x, softce.TopK(t.argsort(1)[:, :2], 0.3 * t[:, :2], "uniform")),
+    "teacher": lambda x, t: softce.cross_entropy(x, softce.Teacher(t, divergence=True), label_smoothing=0.1),
+    "alpha": lambda x, t: softce.cross_entropy(x, t, row_loss=softce.Focal(2.0, alpha=torch.linspace(0, 1, 9))),
+}
+
+
+@pytest.mark.parametrize("loss", DIVERGENCES.values(), ids=DIVERGENCES)
+def test_batch_sizes_do_not_recompile_what_is_worked_out_by_rows(loss: Callable[[Tensor, Tensor], Any]) -> None:
+    """In eager calls by a loop over pieces of the target, and a divergence is divided by a size."""
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for i, rows in enumerate((8, 5, 12, 33)):
+        x, t = torch.randn(rows, 9), torch.rand(rows, 9)
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            got = step(x, lambda x: compiled(x, t))  # noqa: B023
+        torch.testing.assert_close(got, step(x, lambda x: loss(x, t)))  # noqa: B023
+
+
 def test_segmentation_sizes_do_not_recompile() -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(softce.cross_entropy, backend=counter, fullgraph=True)

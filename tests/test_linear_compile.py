@@ -72,6 +72,33 @@ def test_compile_takes_every_target(cpu_kernels: None) -> None:
             torch.testing.assert_close(a, c)
 
 
+RAGGED: dict[str, Any] = {
+    "rows": lambda x, w, t, p: linear_ce(x.flatten(0, 1), w, t.flatten()),
+    "one_sequence": lambda x, w, t, p: linear_ce(x[:1], w, t[:1], shift=True, row_weight=p[:1, :, 0]),
+    "sequences": lambda x, w, t, p: linear_ce(x, w, t, shift=True),
+    "divergence": lambda x, w, t, p: linear_ce(x, w, softce.Teacher(p, divergence=True), shift=True),
+    "teacher": lambda x, w, t, p: linear_ce(x, w, softce.LinearTeacher(p, torch.ones(V, V), divergence=True)),
+    "logprobs": lambda x, w, t, p: softce.linear_logprobs(x[0], w, t[0], 1.3, shift=True).entropy.sum(),
+}
+
+
+@pytest.mark.parametrize("loss", RAGGED.values(), ids=RAGGED)
+def test_lengths_do_not_recompile(loss: Any, cpu_kernels: None) -> None:
+    """The first change makes the length dynamic; after that nothing is compiled again."""
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    _, w, _ = leaves(torch.float32)
+    for i, length in enumerate((8, 5, 12, 33)):
+        x = torch.randn(2, length, H, requires_grad=True)
+        target = torch.randint(V, (2, length)), torch.rand(2, length, V)
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            got = compiled(x, w, *target)
+            found = torch.autograd.grad(got, (x, w))
+        want = loss(x, w, *target)
+        for a, c in zip((got, *found), (want, *torch.autograd.grad(want, (x, w))), strict=True):
+            torch.testing.assert_close(a, c)
+
+
 def test_compiled_second_derivatives_raise_or_are_right(cpu_kernels: None) -> None:
     torch._dynamo.reset()
     x, w, _ = leaves(D)

@@ -96,7 +96,7 @@ class Rows:
         for size in self.given[:-1]:
             sequences *= size
         if sequences == 1:
-            return slice(0, max(steps - 1, 0))
+            return slice(None, -1)  # without a size, which a tracer would make a constant of the graph
         every = torch.arange(sequences * steps, device=self.device).view(sequences, steps)
         return every[:, : max(steps - 1, 0)].reshape(-1)
 
@@ -105,7 +105,7 @@ class Rows:
         """The rows of the target that belong to those of the input."""
         if rows is None:
             return None
-        return slice(rows.start + 1, rows.stop + 1) if isinstance(rows, slice) else rows + 1
+        return slice(1, None) if isinstance(rows, slice) else rows + 1
 
 
 def _flat_rows(x: Tensor) -> Tensor:
