@@ -194,6 +194,8 @@ def test_errors_come_before_any_product() -> None:
         (RuntimeError, "linear_weight on the device", (x, w.to("meta"), index), {}),
         (RuntimeError, "target on the input's device", (x, w, index.to("meta")), {}),
         (NotImplementedError, "float8", (x.to(torch.float8_e5m2), w.to(torch.float8_e5m2), index), {}),
+        (NotImplementedError, "floating point type for input, got torch.int64", (x.long(), w.long(), index), {}),
+        (NotImplementedError, "linear_weight must be a dense tensor", (x, w.to_sparse(), index), {}),
         (ValueError, "batch_size", (x, w, index[:5]), {}),
         (RuntimeError, "target size", (x.view(4, 24, H), w, index.view(4, 24)[:, :5]), {}),
         (RuntimeError, "class probabilities", (x, w, prob[:, 1:]), {}),
@@ -246,6 +248,10 @@ def test_errors_come_before_any_product() -> None:
             softce.LinearTeacher(x, w[:, :3])
         with pytest.raises(ValueError, match="one row"):
             softce.plan(x, w, options=Options(memory_budget=100))
+        with pytest.raises(ValueError, match="valid value for reduction"):
+            softce.plan(x, w, index, reduction="avg")
+        with pytest.raises(RuntimeError, match=r"index of dtype torch\.int64, got torch\.int32"):
+            softce.linear_logprobs(x, w, index.int())
         with pytest.raises(RuntimeError, match=r"\(V, H\)"):
             softce.plan(x, w.view(V // 2, 2, H))
 

@@ -169,7 +169,7 @@ def linear_logprobs(
         RuntimeError, ValueError, IndexError, TypeError: as :func:`linear_cross_entropy`.
     """
     check_tensor("linear_logprobs: index", index)
-    if index.is_floating_point():
+    if index.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"linear_logprobs: expected index of dtype torch.int64, got {index.dtype}")
     _, stats = linear_cross_entropy(
         input,
@@ -258,8 +258,9 @@ def plan(
 
     Raises:
         RuntimeError: shapes that do not fit.
-        ValueError: a memory budget below one row of logits.
+        ValueError: a memory budget below one row of logits, a bad ``reduction``.
     """
+    reduction = check_reduction(reduction)
     options = _options(options)
     check_linear("", "input", input, linear_weight, None)
     if linear_weight.dim() != 2:

@@ -99,7 +99,9 @@ def check_linear(owner: str, name: str, input: Tensor, weight: Tensor, bias: Ten
         check_tensor(f"{owner}{what}", x)
         assert x is not None
         if not x.is_floating_point():
-            raise RuntimeError(f"Expected floating point type for {owner}{what}, got {x.dtype}")
+            # torch's softmax is what has no implementation for such an input
+            error = NotImplementedError if what == "input" else RuntimeError
+            raise error(f"Expected floating point type for {owner}{what}, got {x.dtype}")
         if x.device != input.device:
             raise RuntimeError(f"Expected {owner}{what} on the device of {name}, {input.device}, got {x.device}")
     if input.dim() < 1:
