@@ -43,7 +43,7 @@ $(STAMP)/torch-$(TORCH):
 	@test -n "$(PYTHON)" || { echo "softce needs Python >= 3.10: none found; say PYTHON=..." >&2; exit 1; }
 	@echo "setting up $(VENV) with torch $(TORCH)"
 	$(PYTHON) -m venv $(VENV) || { echo "no venv module? (Debian: apt install python3-venv)" >&2; exit 1; }
-	$(PIP) torch==$(TORCH) setuptools wheel
+	$(PIP) torch==$(TORCH) "setuptools>=77" wheel
 	rm -rf $(STAMP) && mkdir -p $(STAMP) && touch $@
 
 # The extra named by the stamp, and the package itself, built and editable.

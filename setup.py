@@ -26,7 +26,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # pyproject.toml would be refused with a message about its license
+    raise SystemExit(
+        f"softce needs setuptools >= 77 to build, found {setuptools.__version__}: pip install --upgrade setuptools"
+    )
+
 from setuptools.command.bdist_wheel import bdist_wheel as _bdist_wheel
 from setuptools.command.build_ext import build_ext as _build_ext
 
