@@ -180,7 +180,7 @@ def test_make_fx_traces() -> None:
 
     for mode in ("real", "fake", "symbolic"):
         for dtype in (D, torch.float32):
-            x = X.to(dtype).requires_grad_()
+            x = X.to(dtype, copy=True).requires_grad_()
             graph = make_fx(step, tracing_mode=mode)(x, Y)
             torch.testing.assert_close(graph(x, Y), step(x, Y))
 
