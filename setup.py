@@ -172,7 +172,7 @@ def build_cpu(output: Path) -> dict[str, object]:
     operators = ["csrc/ops.cpp", "csrc/binary_ops.cpp"]
     own = {**ISA_FLAGS, **{source: torch_flags(torch, flags) for source in operators}}
     baseline = ["csrc/cpu/kernels_baseline.cpp", "csrc/cpu/binary_baseline.cpp"]
-    sources = [*operators, "csrc/pool.cpp", "csrc/cpu/dispatch.cpp", *baseline]
+    sources = [*operators, "csrc/look.cpp", "csrc/pool.cpp", "csrc/cpu/dispatch.cpp", *baseline]
     sources = [*(ISA_FLAGS if X86 else []), *sources]  # the slowest to compile first
     kind = "asan" if sanitize else "cpu"
     units = [unit(source, [*cxx, *flags, *own.get(source, [])], kind) for source in sources]

@@ -136,7 +136,10 @@ def _save(ctx: Any, logits: Tensor, call: Call, *more: Tensor | None) -> None:
 
 def _restore(ctx: Any) -> tuple[Tensor, Call, tuple[Tensor | None, ...]]:
     logits, *rest = ctx.saved_tensors
-    return logits, Call(KernelTarget(*rest[:5]), ctx.ignore_index, ctx.spec), tuple(rest[5:])
+    target = KernelTarget(*rest[:5])
+    if target.index is not None and target.index.dim() == 1:  # only the CPU's row_fused takes (R,) for (R, 1)
+        target = target._replace(index=target.index.unsqueeze(1))
+    return logits, Call(target, ctx.ignore_index, ctx.spec), tuple(rest[5:])
 
 
 # The operator carries its own derivative, for compiled graphs and for whoever calls it directly.

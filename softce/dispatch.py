@@ -44,6 +44,11 @@ def reasons_against_kernels(x: Tensor) -> list[str]:
     return found or [f"no kernel for device {device}"]
 
 
+def cpu_kernels() -> bool:
+    """Whether kernels take ordinary CPU tensors here and now: what :func:`use_kernel` says of them by default."""
+    return not transform_active() and not backends.unavailable("cpu")
+
+
 def use_kernel(x: Tensor, options: Options) -> bool:
     """Whether the row operations take ``x``, as ``options.backend`` asks.
 

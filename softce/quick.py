@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from .autograd import Call, fused_loss, reraise
-from .dispatch import PLAIN, use_kernel
+from .dispatch import PLAIN, cpu_kernels
 from .ops import KernelTarget
-from .options import DEFAULT
 from .settings import cached_spec
-from .validate import check_logits
+from .validate import check_logits, may_be_probabilities
 
 
 def quick_loss(
@@ -52,14 +51,15 @@ def quick_loss(
     rows, classes = input.shape
     if target.shape != (rows,) or classes == 0 or input.stride(1) != 1 or target.stride(0) != 1:
         return None
-    if not use_kernel(input, DEFAULT):
+    if not cpu_kernels():
         return None
-    check_logits(input)
+    if may_be_probabilities(input):
+        check_logits(input)
     try:
         spec = cached_spec(classes, label_smoothing, *settings, None, 0, 1.0, 1.0, empty)
     except TypeError:
         return None
-    call = Call(KernelTarget(target.unsqueeze(1)), ignore_index, spec)
+    call = Call(KernelTarget(target), ignore_index, spec)
     try:
         return fused_loss(input, call, None, reduction == "mean", False, False)[0]
     except RuntimeError as error:

@@ -9,8 +9,8 @@ What it costs:
 - *softmax output passed as logits*: three elements of the first row are read straight from memory. Logits almost always
   show a value outside [0, 1] among them, and that ends the check within a microsecond. Otherwise up to three rows are
   summed.
-- *class probabilities*: up to ``FULL`` elements are looked at in full, a larger target in up to three rows of it. A nan
-  beyond them is found in the loss, and only then looked for.
+- *class probabilities*: up to ``FULL`` elements are looked at in full, of a larger target the beginnings of up to three
+  rows, by one call of the compiled library each. A nan beyond them is found in the loss, and only then looked for.
 - *top-k entries and mixing weights*: in full; they are small beside the logits.
 
 Warnings point at the caller's line, and Python shows each once a line unless told otherwise. That of a softmax output
@@ -22,21 +22,33 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import _library
+
 FULL = 1 << 17  # elements of a dense target that are looked at in full
-_ROW = 1 << 14  # elements of one sampled row
+_ROW = 1 << 12  # elements of one sampled row
 _ROUNDING = 1e-5  # what a probability may lie below 0: rounding, and the steps of numerical differentiation
 
-# The bits of a value of each dtype as an integer, and those of 1.0: the values in [0, 1] are the integers up to it.
-_BITS: dict[torch.dtype, tuple[Any, int]] = {
-    torch.float64: (ctypes.c_uint64, 0x3FF0000000000000),
-    torch.float32: (ctypes.c_uint32, 0x3F800000),
-    torch.bfloat16: (ctypes.c_uint16, 0x3F80),
-    torch.float16: (ctypes.c_uint16, 0x3C00),
+
+class _Bits(NamedTuple):
+    """Values of a dtype as unsigned integers: those in [0, 1] are the integers up to ``one``."""
+
+    integer: Any
+    one: int
+    infinity: int
+    least: int  # -_ROUNDING
+
+
+_BITS = {
+    torch.float64: _Bits(ctypes.c_uint64, 0x3FF0000000000000, 0x7FF0000000000000, 0xBEE4F8B588E368F1),
+    torch.float32: _Bits(ctypes.c_uint32, 0x3F800000, 0x7F800000, 0xB727C5AC),
+    torch.bfloat16: _Bits(ctypes.c_uint16, 0x3F80, 0x7F80, 0xB728),
+    torch.float16: _Bits(ctypes.c_uint16, 0x3C00, 0x7C00, 0x80A8),
 }
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -60,7 +72,7 @@ _INPUT_HINT = "remove the softmax from the model, or pass from_probs=True for pr
 
 def check_logits(input: Tensor, name: str = "input", hint: str = _INPUT_HINT) -> None:
     """Warn if ``input``, ``(C,)`` or ``(N, C, ..)``, holds probabilities: rows in [0, 1] that sum to 1."""
-    if not may_look(input) or input.dtype not in _BITS or not _may_be_probabilities(input):
+    if not may_look(input) or input.dtype not in _BITS or not may_be_probabilities(input):
         return
     x, tolerance = input.detach(), 1e-3 if input.element_size() > 2 else 2e-2
     for row in _sample(x):
@@ -74,8 +86,8 @@ def check_logits(input: Tensor, name: str = "input", hint: str = _INPUT_HINT) ->
     )
 
 
-def _may_be_probabilities(x: Tensor) -> bool:
-    """False if one of three elements of the first row lies outside [0, 1]."""
+def may_be_probabilities(x: Tensor) -> bool:
+    """False if one of three elements of the first row lies outside [0, 1]; ``x`` is one that may be looked at."""
     dim = 1 if x.dim() > 1 else 0
     classes = x.shape[dim]
     if classes < 2 or x.numel() == 0:
@@ -83,13 +95,40 @@ def _may_be_probabilities(x: Tensor) -> bool:
     address, step = x.data_ptr(), x.stride(dim) * x.element_size()
     if not address:
         return False
-    bits, one = _BITS[x.dtype]
+    bits = _BITS[x.dtype]
+    integer, one = bits.integer, bits.one
     # One comparison at a time: the first one ends it for most logits, and small inputs feel every microsecond.
-    if bits.from_address(address).value > one:
+    if integer.from_address(address).value > one:
         return False
-    if bits.from_address(address + (classes - 1) * step).value > one:
+    if integer.from_address(address + (classes - 1) * step).value > one:
         return False
-    return bool(bits.from_address(address + classes // 2 * step).value <= one)
+    return bool(integer.from_address(address + classes // 2 * step).value <= one)
+
+
+def _surely_probabilities(t: Tensor) -> bool:
+    """True if what is looked at of ``t``, ``(C,)`` or ``(N, C, ..)``, has no nan and nothing below ``-_ROUNDING``."""
+    bits, size = _BITS.get(t.dtype), t.element_size()
+    if bits is None or _library.CPU.reason() is not None:
+        return False
+    look, start = _looker(), t.data_ptr()
+    if t.numel() <= FULL and t.is_contiguous():
+        return bool(look(start, size, t.numel(), 1, bits.infinity, bits.least))
+    if t.numel() <= FULL or t.dim() == 1:
+        return False
+    # The rows of _sample, without making tensors of them.
+    rows, classes, *inner = t.shape
+    start += size * sum(n // 2 * step for n, step in zip(inner, t.stride()[2:], strict=True))
+    step, n = t.stride(1), min(classes, _ROW)
+    return all(
+        look(start + size * row * t.stride(0), size, n, step, bits.infinity, bits.least)
+        for row in {0, rows // 2, rows - 1}
+    )
+
+
+@cache
+def _looker() -> Any:
+    kinds = (ctypes.c_void_p, *(ctypes.c_int64,) * 3, *(ctypes.c_uint64,) * 2)
+    return _library.CPU.function("softce_all_at_least", ctypes.c_int, *kinds)
 
 
 _TARGET_HINT = "for logits of a teacher pass softce.Teacher(logits), for log-probabilities target.exp()"
@@ -97,7 +136,7 @@ _TARGET_HINT = "for logits of a teacher pass softce.Teacher(logits), for log-pro
 
 def check_probabilities(prob: Tensor, name: str = "target", hint: str = _TARGET_HINT) -> None:
     """Warn if class probabilities ``(C,)`` or ``(N, C, ..)`` are negative or nan; they are used all the same."""
-    if not may_look(prob) or prob.numel() == 0:
+    if not may_look(prob) or prob.numel() == 0 or _surely_probabilities(prob):
         return
     t = prob.detach()
     low = min_of([t] if t.numel() <= FULL else [row[:_ROW] for row in _sample(t)])
@@ -130,7 +169,8 @@ def find_nan(loss: Tensor, dense: Tensor) -> None:
     """Warn if ``loss`` is nan because the dense target is; for targets that were looked at in part only."""
     if dense.numel() <= FULL or not may_look(loss) or not may_look(dense):
         return
-    if bool(loss.detach().isnan().any()) and bool(torch.isnan(dense.detach()).any()):
+    found = loss.item() != loss.item() if loss.dim() == 0 else bool(loss.detach().isnan().any())
+    if found and bool(torch.isnan(dense.detach()).any()):
         _warn("target holds nan, so the loss is nan")
 
 
