@@ -107,7 +107,7 @@ struct Generic {
     if (i < n) best = most, arg = begin + i;
   }
 
-  static Sums sweep1(const Context<A>& ctx, const Piece<A>& piece, const Refs& refs) {
+  static Sums sweep1(const Context<A>& ctx, const Piece<A>& piece, Refs& refs) {
     alignas(64) A y[kGenericBlock], t[kGenericBlock], w[kGenericBlock];
     const Exp<A, kDegree> exp(ctx.scale, refs.x), teacher_exp(ctx.teacher_scale, refs.teacher);
     const Block& dense = ctx.target.dense;

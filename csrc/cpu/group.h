@@ -4,45 +4,41 @@
 
 constexpr int kGroup = 512;  // rows, at most
 
-// Doubles, a vector of them, from and to the accumulation type.
-template <class A>
-SOFTCE_INLINE F64V doubles(const A* p) {
-  if constexpr (sizeof(A) == 8) {
-    return load<F64V>(p);
-  } else {
-    typedef float HalfOfF32V __attribute__((vector_size(kVecBytes / 2)));
-    return __builtin_convertvector(load<HalfOfF32V>(p), F64V);
+// The logarithm in two parts, the first of which is exact: adding what is as large as it loses nothing of the second.
+template <class V>
+struct Log {
+  V high, low;
+
+  V value() const { return high + low; }
+  // What is left of it after y is taken off, rounded once.
+  V minus(V y) const {
+    const V rough = high - y, taken = rough - high, rest = (high - (rough - taken)) - (y + taken);
+    return rough + (low + (rest == rest ? rest : V{}));
   }
-}
-template <class A>
-SOFTCE_INLINE void store_doubles(A* p, F64V v) {
-  if constexpr (sizeof(A) == 8) {
-    store(p, v);
-  } else {
-    typedef float HalfOfF32V __attribute__((vector_size(kVecBytes / 2)));
-    store(p, __builtin_convertvector(v, HalfOfF32V));
-  }
-}
+};
 
 // log of finite numbers > 0 that are not subnormal; nan for every other: x = 2^k m, m around 1, and the series of
-// log((1 + f) / (1 - f)) = 2 (f + f^3/3 + ..) for f = (m - 1) / (m + 1), to float64's precision, or, of sums that have
-// no more than float32's, to 1e-10 of it.
-template <class A>
-SOFTCE_INLINE F64V log_or_nan(F64V x) {
-  constexpr int kLast = sizeof(A) == 8 ? 21 : 11;
-  const U64V b = bits<U64V>(x);
-  U64V exponent = b >> 52;
-  F64V m = bits<F64V>((b & 0xfffffffffffffull) | 0x3ff0000000000000ull);
-  const auto high = m > 1.4142135623730951;
-  m = high ? m * 0.5 : m;
-  // An integer below 2^52 put under the exponent of 2^52 is that integer plus 2^52.
-  F64V k = bits<F64V>(exponent | 0x4330000000000000ull) - (0x1p52 + 1023.0);
-  k = high ? k + 1.0 : k;
-  const F64V f = (m - 1.0) / (m + 1.0), z = f * f;
-  F64V p = splat(1.0 / kLast);
-  for (int i = kLast - 2; i >= 3; i -= 2) p = fma(p, z, splat(1.0 / i));
-  const F64V value = fma(k, splat(kLn2), fma(f * z, p, f) * 2.0);
-  return (x >= 0x1p-1022) & (x <= 0x1.fffffffffffffp1023) ? value : splat(__builtin_nan(""));
+// log((1 + f) / (1 - f)) = 2 (f + f^3/3 + ..) for f = (m - 1) / (m + 1).
+template <class A, class V = typename VecOf<A>::V>
+SOFTCE_INLINE Log<V> log_or_nan(V x) {
+  using U = typename VecOf<A>::U;
+  using E = Exp<A, 5>;
+  constexpr int kMantissa = sizeof(A) == 8 ? 52 : 23, kLast = sizeof(A) == 8 ? 21 : 9;
+  const U b = bits<U>(x), one = bits<U>(splat(A(1))), digits = ((U{} + 1) << kMantissa) - 1;
+  V m = bits<V>((b & digits) | one);
+  const auto high = m > A(1.4142135623730951);
+  m = high ? m * A(0.5) : m;
+  // An integer that fits a mantissa, put under the exponent of kInteger, is that integer plus kInteger.
+  constexpr A kInteger = sizeof(A) == 8 ? A(0x1p52) : A(0x1p23);
+  V k = bits<V>((b >> kMantissa) | bits<U>(splat(kInteger))) - (kInteger + A(E::kBias));
+  k = high ? k + A(1) : k;
+  const V f = (m - A(1)) / (m + A(1)), z = f * f;
+  V p = splat(A(1.0 / kLast));
+  for (int i = kLast - 2; i >= 3; i -= 2) p = fma(p, z, splat(A(1.0 / i)));
+  constexpr A kLeast = sizeof(A) == 8 ? A(0x1p-1022) : A(0x1p-126);
+  const auto good = (x >= kLeast) & (x < A(__builtin_inf()));
+  const V value = fma(k, splat(E::kLow), fma(f * z, p, f) * A(2));
+  return {k * E::kHigh, good ? value : splat(A(__builtin_nan("")))};
 }
 
 // Rows [first, first + n): sums in, factors out. A row's gradient is live ? e * a - pull * q : 0, where q is w * (mix_a
@@ -58,7 +54,21 @@ struct Group {
   alignas(64) int64_t place[kGroup];  // of that e
   alignas(64) A a[kGroup], pull[kGroup], take[kGroup];
   alignas(64) A loss[kGroup], lse[kGroup], mass[kGroup], count[kGroup], live[kGroup];  // live: 1 or 0
+  alignas(64) A part[kGroup];                                                          // of the loss of the call
 };
+
+// The sum of n values in double.
+template <class A>
+inline double sum_of_all(const A* values, int64_t n) {
+  constexpr int kSums = 8;  // at a time
+  double sums[kSums] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums)
+    for (int k = 0; k < kSums; ++k) sums[k] += values[i + k];
+  for (; i < n; ++i) sum += values[i];
+  for (double s : sums) sum += s;
+  return sum;
+}
 
 // Whether exp without a shift suits the rows, of which `top` is the largest y, as far as their sums of e say.
 template <class A>
@@ -107,92 +117,101 @@ SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, const A* e, Y
 // scale_row(i, factor) multiplies the e of a row, for rows whose entry cannot be told in units of e.
 template <class A, class ScaleRow>
 inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, ScaleRow scale_row) {
+  using V = typename VecOf<A>::V;
+  using U = typename VecOf<A>::U;
   const Spec& spec = ctx.spec;
   const Call& call = ctx.call;
-  const F64V mix_a = splat(spec.mix_a), mix_b = splat(spec.mix_b), scale = splat(ctx.scale), zero{};
+  const A mix_a = A(spec.mix_a), mix_b = A(spec.mix_b), scale = A(ctx.scale);
+  const V zero{}, nan = splat(A(__builtin_nan("")));
   const A* row_weight = static_cast<const A*>(call.row_weight);
   const A* coef = static_cast<const A*>(call.coef);
   const A* given_lse = static_cast<const A*>(call.lse);
-  const Exp<double, 5> exp(1.0, Ref{});
-  constexpr int kStep = kLanes<double>;
+  const Exp<A, 5> exp(1.0, Ref{});
+  constexpr int kStep = kLanes<A>;
   const auto rows = [&](const A* p, int64_t i) {  // of an (R,) tensor, not past its end
-    if (i + kStep <= g.n) return doubles(p + g.first + i);
+    if (i + kStep <= g.n) return load<V>(p + g.first + i);
     A buffer[kStep] = {};
     for (int64_t j = i; j < g.n; ++j) buffer[j - i] = p[g.first + j];
-    return doubles(buffer);
+    return load<V>(buffer);
   };
   for (int64_t i = g.n; i % kStep != 0; ++i) {  // lanes behind the last row: harmless numbers
     g.e[i] = 1;
     g.y[i] = g.q[i] = g.qy[i] = g.shift[i] = g.entry[i] = g.entry_y[i] = g.entry_e[i] = g.count[i] = g.live[i] = 0;
   }
-  F64V total{};
-  U64V odd{};
+  U odd{};
   for (int64_t i = 0; i < g.n; i += kStep) {
-    const F64V e = doubles(g.e + i), shift = doubles(g.shift + i);
-    F64V alive = doubles(g.live + i), mass, dot, entry{};
-    if (ctx.sparse) {
-      entry = doubles(g.entry + i) * mix_a;
-      const F64V part = doubles(g.entry_e + i), far = doubles(g.entry_y + i), near = log_or_nan<A>(part);
-      const F64V product = entry * (part > kGoodPart * e ? near : far);
-      mass = entry;
-      dot = entry == 0.0 ? zero : product;
-      if (spec.mix_b != 0) mass += mix_b * w_sum, dot += mix_b * doubles(g.y + i);
-    } else {
-      mass = doubles(g.q + i);
-      dot = doubles(g.qy + i);
-    }
-    F64V pull, a;
+    const V e = load<V>(g.e + i), shift = load<V>(g.shift + i);
+    const Log<V> log_e = log_or_nan<A>(e);
+    const V lse = shift + log_e.value();
+    V alive = load<V>(g.live + i), pull, a, entry{};
+    if (ctx.sparse) entry = load<V>(g.entry + i) * mix_a;
     if (call.op == Op::grad) {
       a = rows(coef, i);
       pull = rows(coef + ctx.rows, i);
-      alive = (a == 0.0) & (pull == 0.0) ? zero : alive;
-      const F64V given = rows(given_lse, i), power = shift - given;
-      A rounded[kStep];  // as in factors_of: a row's own lse is worth its rounding
-      store_doubles(rounded, shift + log_or_nan<A>(e));
-      a *= doubles(rounded) == given ? 1.0 / e : exp.exp(power > 700.0 ? splat(700.0) : power);
+      alive = (a == 0) & (pull == 0) ? zero : alive;
+      // As in factors_of: a row's own lse is worth its rounding.
+      const V given = rows(given_lse, i), power = shift - given;
+      constexpr A kMost = sizeof(A) == 8 ? 700 : 80;
+      a *= lse == given ? A(1) / e : exp.exp(power > kMost ? splat(kMost) : power);
     } else {
-      const F64V log_e = log_or_nan<A>(e), lse = shift + log_e;
-      for (int j = 0; any_nan(dot) && j < kStep; ++j) {
-        if (dot[j] == dot[j] || lse[j] != lse[j] || alive[j] == 0) continue;
-        dot[j] = dot_by_class(ctx, g.first + i + j, shift[j], spec.mix_a, spec.mix_b, true);
+      V mass, dot;  // what all classes together have of q and of q * y
+      if (ctx.sparse) {
+        mass = splat(mix_b * A(w_sum));
+        dot = mix_b == 0 ? zero : mix_b * load<V>(g.y + i);
+      } else {
+        mass = load<V>(g.q + i);
+        dot = load<V>(g.qy + i);
       }
-      const F64V loss = mass * log_e - dot;
-      F64V weighted = loss;
-      pull = splat(call.factor);
+      V loss = fma(mass, log_e.high, -dot) + mass * log_e.low;
+      if (ctx.sparse) {
+        // -log p of the entry: where p is a good part, from e alone, so that a certain prediction has no loss.
+        const V own = load<V>(g.entry_e + i), far = log_e.minus(load<V>(g.entry_y + i));
+        const V near = log_or_nan<A>(e / own).value();
+        const V product = entry * (own > A(kGoodPart) * e ? near : far);
+        loss += entry == 0 ? zero : product;
+        mass += entry;
+      }
+      for (int j = 0; any_nan(loss) && j < kStep; ++j) {
+        if (loss[j] == loss[j] || lse[j] != lse[j] || alive[j] == 0) continue;
+        loss[j] = A(mass[j] * (double(log_e.high[j]) + log_e.low[j]) -
+                    dot_by_class(ctx, g.first + i + j, shift[j], spec.mix_a, spec.mix_b, true));
+      }
+      V part = loss;
+      pull = splat(A(call.factor));
       if (row_weight) {
-        const F64V w = rows(row_weight, i);
+        const V w = rows(row_weight, i);
         pull *= w;
-        weighted = loss * w;
+        part *= w;
       }
-      total += alive == 0.0 ? zero : weighted;
-      store_doubles(g.loss + i, alive == 0.0 ? zero : loss);
-      store_doubles(g.lse + i, alive == 0.0 ? zero : lse);
-      store_doubles(g.mass + i, alive == 0.0 ? zero : mass);
-      a = lse == lse ? pull * mass / e : splat(__builtin_nan(""));
-      alive = pull == 0.0 ? zero : alive;
+      store(g.part + i, alive == 0 ? zero : part);
+      store(g.loss + i, alive == 0 ? zero : loss);
+      store(g.lse + i, alive == 0 ? zero : lse);
+      store(g.mass + i, alive == 0 ? zero : mass);
+      a = lse == lse ? pull * mass / e : nan;
+      alive = pull == 0 ? zero : alive;
     }
     a *= scale;
     pull *= scale;
-    const F64V off = pull * entry, in_e = off / a;
-    const F64V take = (off == 0.0) | (alive == 0.0) ? zero : in_e;
+    const V off = pull * entry, in_e = off / a;
+    const V take = (off == 0) | (alive == 0) ? zero : in_e;
     // Out of the range of e: |take| or 1 / |a| beyond 1e25, but not nan.
-    odd |= (U64V)((take > 1e25) | (take < -1e25) | ((take != 0.0) & (a < 1e-25) & (a > -1e-25)));
-    store_doubles(g.live + i, alive);
-    store_doubles(g.a + i, a);
-    store_doubles(g.pull + i, ctx.sparse ? pull * mix_b : pull);
-    store_doubles(g.take + i, take);
-    store_doubles(g.entry + i, off);
+    constexpr A kFar = A(1e25), kTiny = A(1e-25);
+    odd |= (U)((take > kFar) | (take < -kFar) | ((take != 0) & (a < kTiny) & (a > -kTiny)));
+    store(g.live + i, alive);
+    store(g.a + i, a);
+    store(g.pull + i, ctx.sparse ? pull * mix_b : pull);
+    store(g.take + i, take);
+    store(g.entry + i, off);
   }
   bool any_odd = false;
-  double sum = 0;
-  for (int j = 0; j < kStep; ++j) sum += total[j], any_odd |= odd[j] != 0;
+  for (int j = 0; j < kStep; ++j) any_odd |= odd[j] != 0;
   for (int64_t i = 0; any_odd && i < g.n; ++i) {
     if (g.live[i] == 0 || g.entry[i] == 0 || g.a[i] != g.a[i]) continue;
     scale_row(i, g.a[i]);
     g.a[i] = 1;
     g.take[i] = g.entry[i];
   }
-  return sum;
+  return call.op == Op::grad ? 0.0 : sum_of_all(g.part, g.n);
 }
 
 // The same for any row, one by one; sparse entries are taken off through take_entry(row in group, class, amount of e).

@@ -98,26 +98,31 @@ struct Exp {
   template <int kCount>
   SOFTCE_INLINE void exp(V* y) const {
     using Poly = ExpPoly<A, kDegree>;
+    static constexpr A kLog2e = A(1.44269504088896340736), kMinusLn2 = A(-kLn2);
     V t[kCount], n[kCount], p[kCount];
-    for (int i = 0; i < kCount; ++i) y[i] = vmax(splat(lowest), y[i]);
-    for (int i = 0; i < kCount; ++i) t[i] = fma(y[i], splat(A(1.44269504088896340736)), splat(magic));
+    const V low = constant(lowest), one = constant(magic), log2e = constant(kLog2e);
+    SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) y[i] = vmax(low, y[i]);
+    SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) t[i] = fma(y[i], log2e, one);
     keep_order<kCount>(t);
-    for (int i = 0; i < kCount; ++i) n[i] = t[i] - splat(magic);
+    SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) n[i] = t[i] - one;
     keep_order<kCount>(n);
     if constexpr (kF32 && kFusedMultiplyAdd) {
       // The error of this one step, 2e-9 |n|, is below the polynomial's where e^y counts.
-      for (int i = 0; i < kCount; ++i) y[i] = fma(n[i], splat(A(-kLn2)), y[i]);
+      const V ln2 = constant(kMinusLn2);
+      SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) y[i] = fma(n[i], ln2, y[i]);
       keep_order<kCount>(y);
     } else {
-      for (int i = 0; i < kCount; ++i) y[i] = fma(n[i], splat(-kLow), fma(n[i], splat(-kHigh), y[i]));
+      SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) y[i] = fma(n[i], splat(-kLow), fma(n[i], splat(-kHigh), y[i]));
     }
-    for (int i = 0; i < kCount; ++i) p[i] = fma(y[i], splat(Poly::c[0]), splat(Poly::c[1]));
-    for (int term = 2; term < Poly::kTerms; ++term) {
+    const V first = constant(Poly::c[0]), second = constant(Poly::c[1]);
+    SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) p[i] = fma(y[i], first, second);
+    SOFTCE_UNROLL for (int term = 2; term < Poly::kTerms; ++term) {
       keep_order<kCount>(p);
-      for (int i = 0; i < kCount; ++i) p[i] = fma(p[i], y[i], splat(Poly::c[term]));
+      const V c = constant(Poly::c[term]);
+      SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) p[i] = fma(p[i], y[i], c);
     }
     keep_order<kCount>(p);
-    for (int i = 0; i < kCount; ++i) y[i] = p[i] * bits<V>(bits<U>(t[i]) << (kF32 ? 23 : 52));
+    SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) y[i] = p[i] * bits<V>(bits<U>(t[i]) << (kF32 ? 23 : 52));
   }
 };
 

@@ -50,34 +50,31 @@ struct Planes {
 
   // e of the kCount vectors of rows from row i on, added to what the classes before have left.
   template <int kCount, bool kShifted>
-  SOFTCE_INLINE void step(Tile& tile, const Exp<A, 5>& exp, const Plane& p, int64_t i, V& top) const {
+  SOFTCE_INLINE void step(Tile& tile, const Exp<A, 5>& exp, V scale, const Plane& p, int64_t i, V& top) const {
     const Group<A>& g = tile.group;
-    V y[kCount], e[kCount], t[kCount];
-    for (int k = 0; k < kCount; ++k) {
+    V e[kCount];
+    SOFTCE_UNROLL for (int k = 0; k < kCount; ++k) {
       const int64_t at = i + k * kLane;
       if (at * sizeof(Elem) % 64 == 0) __builtin_prefetch(p.next_x + at);
-      y[k] = exp.affine(read_at<X>(p.x, at, g.n));
+      V y = read_at<X>(p.x, at, g.n) * scale;
+      if constexpr (kShifted) y -= load<V>(g.shift + at);
+      e[k] = y;
+      top = vmax(y, top);
+      if constexpr (kBase) {
+        if (p.weight != 0) add_to(tile.qy_part + at, y * p.weight);
+      }
       if constexpr (kDense) {
         if (at * sizeof(Dense) % 64 == 0) __builtin_prefetch(p.next_d + at);
-        t[k] = read_at<D>(p.d, at, g.n);
-      }
-      if constexpr (kShifted) y[k] -= load<V>(g.shift + at);
-      e[k] = y[k];
-      top = vmax(y[k], top);
-    }
-    exp.template all<kCount>(e);
-    for (int k = 0; k < kCount; ++k) {
-      const int64_t at = i + k * kLane;
-      store(p.e + at, e[k]);
-      add_to(tile.e_part + at, e[k]);
-      if constexpr (kBase) {
-        if (p.weight != 0) add_to(tile.qy_part + at, y[k] * p.weight);
-      }
-      if constexpr (kDense) {
-        const V q = q_of(t[k], p.weight), product = q * y[k];
+        const V q = q_of(read_at<D>(p.d, at, g.n), p.weight), product = q * y;
         add_to(tile.q_part + at, q);
         add_to(tile.qy_part + at, q == 0 ? V{} : product);
       }
+    }
+    exp.template all<kCount>(e);
+    SOFTCE_UNROLL for (int k = 0; k < kCount; ++k) {
+      const int64_t at = i + k * kLane;
+      store(p.e + at, e[k]);
+      add_to(tile.e_part + at, e[k]);
     }
   }
 
@@ -104,6 +101,7 @@ struct Planes {
       g.e[i] = g.y[i] = g.q[i] = g.qy[i] = 0;
       tile.e_part[i] = tile.qy_part[i] = tile.q_part[i] = 0;
     }
+    const V scale = splat(A(ctx.scale));
     V top = splat(A(-__builtin_inf()));
     // The prefetch runs some classes ahead, and from the last ones into the neighbouring tile. Rows side by side, class
     // after class, it is because planes lie powers of two apart: all classes of a row share a few places in a cache.
@@ -120,8 +118,9 @@ struct Planes {
       p.weight = ctx.weight ? ctx.weight[c] : A(1);
       int64_t i = 0;
       if constexpr (!kShifted)  // shifted rows are rare, not worth as much code
-        for (; i + kTogether * kLane <= n; i += kTogether * kLane) step<kTogether, kShifted>(tile, exp, p, i, top);
-      for (; i < n; i += kLane) step<1, kShifted>(tile, exp, p, i, top);
+        for (; i + kTogether * kLane <= n; i += kTogether * kLane)
+          step<kTogether, kShifted>(tile, exp, scale, p, i, top);
+      for (; i < n; i += kLane) step<1, kShifted>(tile, exp, scale, p, i, top);
       if ((c + 1) % kFold != 0 && c + 1 != ctx.classes) continue;
       fold(g.e, tile.e_part, tile.pitch);
       if constexpr (kBase || kDense) fold(qy, tile.qy_part, tile.pitch);

@@ -22,6 +22,7 @@ struct Sums {
 struct Refs {
   Ref x, teacher;
   bool known = false, teacher_known = false;  // false: nothing but -inf so far
+  bool masked = false;                        // a class without weight is -inf
 };
 
 inline double ratio(const Ref& from, const Ref& to) {  // what e under `from` must be multiplied with to be under `to`

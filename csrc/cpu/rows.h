@@ -16,7 +16,7 @@ constexpr int prefetch_bytes(bool dense) { return kPrefetch / (dense ? 2 : 1); }
 
 template <class A>
 struct Sweeps {
-  Sums (*first)(const Context<A>&, const Piece<A>&, const Refs&);
+  Sums (*first)(const Context<A>&, const Piece<A>&, Refs&);  // may find out that the row is masked
   void (*second)(const Context<A>&, const Piece<A>&, const Refs&, const Factors&, int64_t row);
   int unit = 1;                // elements that lie in scratch together,
   int (*slot)(int) = nullptr;  // and where in there; null: the second sweep takes sparse entries itself

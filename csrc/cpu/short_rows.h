@@ -125,16 +125,16 @@ struct ShortRows {
     static constexpr bool kFours = !kShifted;  // shifted rows are rare, not worth as much code
     const ShortRows& self;
     const Tile& tile;
-    Exp<A, 5> exp;
-    V mix_a, mix_b;
+    const Exp<A, 5>& exp;  // apart, so that what follows can stay in registers
+    V scale, mix_a, mix_b;
     V top = splat(A(-__builtin_inf()));
 
     template <int kCount, class Sink>
     SOFTCE_INLINE void step(int64_t at, const V* x, const V* t, Sink sink) {
       V e[kCount];
-      for (int i = 0; i < kCount; ++i) {
+      SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) {
         const int64_t to = at + i * kLane;
-        const V y = kShifted ? fma(x[i], splat(exp.scale), -load<V>(tile.a + to)) : exp.affine(x[i]);
+        const V y = kShifted ? fma(x[i], scale, -load<V>(tile.a + to)) : x[i] * scale;
         e[i] = y;
         top = vmax(y, top);
         if constexpr (kDense) {
@@ -146,7 +146,7 @@ struct ShortRows {
         }
       }
       exp.template all<kCount>(e);
-      for (int i = 0; i < kCount; ++i) {
+      SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) {
         store(tile.e + at + i * kLane, e[i]);
         sink.power(e[i]);
       }
@@ -154,9 +154,9 @@ struct ShortRows {
 
     template <class Sink>
     SOFTCE_INLINE void four(int64_t at, Sink sink) {
-      for (int from = 0; from < 4; from += kTogether) {
+      SOFTCE_UNROLL for (int from = 0; from < 4; from += kTogether) {
         V x[kTogether], t[kTogether];
-        for (int k = 0; k < kTogether; ++k) {
+        SOFTCE_UNROLL for (int k = 0; k < kTogether; ++k) {
           const int64_t i = at + (from + k) * kLane;
           if ((from + k) * kLane * sizeof(Elem) % 64 == 0) __builtin_prefetch(tile.x + i + kAhead);
           X::read(tile.x + i, x + k);
@@ -190,7 +190,8 @@ struct ShortRows {
   template <bool kShifted>
   bool first(Tile& tile) const {
     Group<A>& g = tile.group;
-    Sweep<kShifted> sweep{*this, tile, {ctx.scale, Ref{}}, splat(A(ctx.spec.mix_a)), splat(A(ctx.spec.mix_b))};
+    const Exp<A, 5> exp(ctx.scale, Ref{});
+    Sweep<kShifted> sweep{*this, tile, exp, splat(A(ctx.scale)), splat(A(ctx.spec.mix_a)), splat(A(ctx.spec.mix_b))};
     const bool wide = this->wide();
     if (wide) {
       by_row(tile, sweep);
@@ -364,8 +365,7 @@ struct ShortRows {
           tile.e = values(0), tile.q = values(1), tile.qy = values(2);
           tile.a = values(3), tile.pull = values(4), tile.weight = values(5);
           tile.x_copy = reinterpret_cast<Elem*>(values(6)), tile.out_copy = reinterpret_cast<Elem*>(values(7));
-          tile.d_copy = reinterpret_cast<Dense*>(values(8));
-          tile.e_sums = values(9);
+          tile.d_copy = reinterpret_cast<Dense*>(values(8)), tile.e_sums = values(9);
           for (int64_t i = 0; kWeighted && i < height; ++i)
             __builtin_memcpy(tile.weight + i * classes, ctx.weight, size_t(classes) * sizeof(A));
           for (int64_t task = from; task < to; ++task) {

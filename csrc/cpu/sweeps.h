@@ -36,41 +36,53 @@ struct Fast {
   struct First {
     Exp<A, kDegree> exp, teacher;
 
-    template <int kCount>
+    // kMasked: a class without weight may be -inf; 0 * (-inf) then counts as 0. Looking for that takes as long as the
+    // sum itself.
+    template <int kCount, bool kMasked>
     SOFTCE_INLINE void step(const V* x, const V* d, A* e_out, A* t_out, Lanes& s, int parity) const {
-      V y[kCount], e[kCount], t[kCount];
-      for (int i = 0; i < kCount; ++i) e[i] = y[i] = kPlain ? x[i] : exp.affine(x[i]);
-      for (int i = 0; i < kCount; ++i) s.top = vmax(y[i], s.top);
-      if constexpr (kBase || kDense)
-        for (int i = 0; i < kCount; ++i) s.y += y[i];
+      V e[kCount], t[kCount];
+      if constexpr (kTeacher) {
+        SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) {
+          t[i] = teacher.affine(d[i]);
+          s.ttop = vmax(t[i], s.ttop);
+        }
+        teacher.template all<kCount>(t);
+        SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) store(t_out + i * kLanes<A>, t[i]);
+      }
+      SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) {
+        const V y = kPlain ? x[i] : exp.affine(x[i]);
+        e[i] = y;
+        s.top = vmax(y, s.top);
+        if constexpr (kBase || kDense) s.y += y;
+        if constexpr (kDense) {
+          const V given = kTeacher ? t[i] : d[i], sum = fma(given, y, s.ty);
+          s.t += given;
+          s.ty = kMasked && given == 0 ? s.ty : sum;
+        }
+      }
       exp.template all<kCount>(e);
-      for (int i = 0; i < kCount; ++i) {
+      SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) {
         store(e_out + i * kLanes<A>, e[i]);
         s.e[(parity + i) & 1] += e[i];
-      }
-      if constexpr (kTeacher) {
-        for (int i = 0; i < kCount; ++i) t[i] = teacher.affine(d[i]);
-        for (int i = 0; i < kCount; ++i) s.ttop = vmax(t[i], s.ttop);
-        teacher.template all<kCount>(t);
-        for (int i = 0; i < kCount; ++i) store(t_out + i * kLanes<A>, t[i]);
-      } else if constexpr (kDense) {
-        for (int i = 0; i < kCount; ++i) t[i] = d[i];
-      }
-      if constexpr (kDense) {
-        for (int i = 0; i < kCount; ++i) {
-          const V product = t[i] * y[i];
-          s.t += t[i];
-          s.ty += t[i] == 0 ? V{} : product;  // a class without weight may be -inf
-        }
       }
     }
   };
 
-  static Sums first(const Context<A>& ctx, const Piece<A>& piece, const Refs& refs) {
-    return ctx.scale == 1 && refs.x.shift == 0 ? sweep<true>(ctx, piece, refs) : sweep<false>(ctx, piece, refs);
+  static Sums first(const Context<A>& ctx, const Piece<A>& piece, Refs& refs) {
+    const bool plain = ctx.scale == 1 && refs.x.shift == 0;
+    if constexpr (!kDense) {
+      return plain ? sweep<true, false>(ctx, piece, refs) : sweep<false, false>(ctx, piece, refs);
+    } else {
+      if (!refs.masked) {
+        const Sums sums = plain ? sweep<true, false>(ctx, piece, refs) : sweep<false, false>(ctx, piece, refs);
+        if (sums.ty == sums.ty) return sums;
+        refs.masked = true;
+      }
+      return sweep<false, true>(ctx, piece, refs);
+    }
   }
 
-  template <bool kPlain>
+  template <bool kPlain, bool kMasked>
   static Sums sweep(const Context<A>& ctx, const Piece<A>& piece, const Refs& refs) {
     const First<kPlain> step{{ctx.scale, refs.x}, {ctx.teacher_scale, refs.teacher}};
     const Elem* x = reinterpret_cast<const Elem*>(piece.x) + piece.begin;
@@ -93,14 +105,14 @@ struct Fast {
             D::read(d + at, target + k * NV);
           }
         }
-        step.template step<kUnits * NV>(in, target, e + i + u * kUnit, teacher + i + u * kUnit, s, u);
+        step.template step<kUnits * NV, kMasked>(in, target, e + i + u * kUnit, teacher + i + u * kUnit, s, u);
       }
     }
     for (; i + kUnit <= n; i += kUnit) {
       V in[NV], target[NV];
       X::read(x + i, in);
       if constexpr (kDense) D::read(d + i, target);
-      step.template step<NV>(in, target, e + i, teacher + i, s, 0);
+      step.template step<NV, kMasked>(in, target, e + i, teacher + i, s, 0);
     }
     Sums out;
     if (i < n) {
@@ -109,7 +121,7 @@ struct Fast {
       read_part<X>(x + i, n - i, in, kLow);
       if constexpr (kDense) read_part<D>(d + i, n - i, target, kTeacher ? kLow : A(0));
       const V y = s.y;
-      step.template step<NV>(in, target, e + i, teacher + i, s, 0);
+      step.template step<NV, kDense>(in, target, e + i, teacher + i, s, 0);
       s.y = y;
       if constexpr (kBase || kDense) {
         for (int64_t j = i; j < n; ++j) out.y += step.exp.affine(splat(X::to(x[j])))[0];

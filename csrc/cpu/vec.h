@@ -65,8 +65,11 @@ SOFTCE_INLINE void store(A* p, const V& v) {
 SOFTCE_INLINE F32V splat(float x) { return x - F32V{}; }
 SOFTCE_INLINE F64V splat(double x) { return x - F64V{}; }
 
+// Loops over an array that is to stay in registers: compilers leave some of them rolled.
+#define SOFTCE_UNROLL _Pragma("GCC unroll 16")
+
 // Vectors whose exp is computed together: as many as the registers hold without spilling.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(__AVX2__) || defined(__aarch64__)
 constexpr int kTogether = 4;
 #else
 constexpr int kTogether = 1;
@@ -76,10 +79,27 @@ constexpr int kTogether = 1;
 // registers suffice for it.
 template <int kCount, class V>
 SOFTCE_INLINE void keep_order(V* v) {
-#if defined(__AVX512F__)
-  for (int i = 0; i < kCount; ++i) asm("" : "+v"(v[i]));
+#if defined(__AVX2__)
+  SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) asm("" : "+v"(v[i]));
 #endif
   (void)v;
+}
+
+// A constant in every lane. Sixteen registers do not hold the constants of exp beside four vectors on their way through
+// it: there they are loaded again for each step, which no compiler does of its own accord.
+template <class A>
+SOFTCE_INLINE typename VecOf<A>::V constant(const A& c) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  typename VecOf<A>::V v;
+  if constexpr (sizeof(A) == 4) {
+    asm volatile("vbroadcastss %1, %0" : "=x"(v) : "m"(c));
+  } else {
+    asm volatile("vbroadcastsd %1, %0" : "=x"(v) : "m"(c));
+  }
+  return v;
+#else
+  return splat(c);
+#endif
 }
 
 // a > b ? a : b, so b where either is nan.
@@ -100,15 +120,24 @@ SOFTCE_INLINE F32V fma(F32V a, F32V b, F32V c) { return a * b + c; }
 SOFTCE_INLINE F64V fma(F64V a, F64V b, F64V c) { return a * b + c; }
 #endif
 
-SOFTCE_INLINE bool any_nan(F64V v) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_pd_mask((__m512d)v, (__m512d)v, _CMP_UNORD_Q) != 0;
+SOFTCE_INLINE bool any_nan(F32V v) { return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q) != 0; }
+SOFTCE_INLINE bool any_nan(F64V v) { return _mm512_cmp_pd_mask((__m512d)v, (__m512d)v, _CMP_UNORD_Q) != 0; }
 #elif defined(__AVX2__)
-  return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, (__m256d)v, _CMP_UNORD_Q)) != 0;
-#else
-  return v[0] != v[0] || v[1] != v[1];
-#endif
+SOFTCE_INLINE bool any_nan(F32V v) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q)) != 0;
 }
+SOFTCE_INLINE bool any_nan(F64V v) {
+  return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, (__m256d)v, _CMP_UNORD_Q)) != 0;
+}
+#else
+template <class V>
+SOFTCE_INLINE bool any_nan(V v) {
+  bool any = false;
+  for (size_t i = 0; i < sizeof(v) / sizeof(v[0]); ++i) any |= v[i] != v[i];
+  return any;
+}
+#endif
 
 // Writes a vector past the caches; p is aligned to kVecBytes (half of it for HalfV).
 SOFTCE_INLINE void stream(void* p, F32V v) {
