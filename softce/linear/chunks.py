@@ -18,9 +18,10 @@ _THIN = 64
 _LARGE = 8192  # classes from which on the weight is not expected in a cache
 _FEW = 384  # rows whose halves would be slower than one chunk of them (N = 192 to 512, H = 512 and 2048)
 _TILE_ROWS = 1024  # rows of a tile over the vocabulary
-# Bytes that a call needs besides its buffers, measured at H = 512; mostly the BLAS library's packed operands.
-_RESERVE = 5 << 20
-_RESERVE_TILES = 8 << 20
+# Bytes that a call needs besides its buffers, measured at H = 512 in fresh processes; mostly the BLAS library's packed
+# operands.
+_RESERVE = 13 << 19
+_RESERVE_TILES = 19 << 19
 _WEIGHT_TILE = 4 << 20  # bytes of a half-precision weight that are widened at a time
 
 
@@ -123,7 +124,7 @@ def choose(rows: int, classes: int, cost: Costs, budget: int | None, device: str
         return Chunking(_even(rows, best), classes)
     # The tile of a widened weight shrinks with the budget (weight_tile).
     room = budget - min(cost.fixed, budget // 4)
-    tile_room = room - min(_RESERVE_TILES, budget // 2)
+    tile_room = room - min(_RESERVE_TILES, budget // 8 * 5)
     room -= min(_RESERVE, budget // 2)
     fit = room // (cost.per_row + cost.per_logit * classes)
     if fit >= min(_THIN, best) or not tiles:
