@@ -134,7 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print(*(f"{job.section:15s} {job.case.id}" for job in jobs), sep="\n")
         return 0
-    earlier = json.loads((folder / "results.json").read_text()) if args.merge or args.report_only else None
+    before = folder / "results.json"
+    if args.report_only and not before.exists():
+        raise SystemExit(f"softce bench: no results to report on: {before} does not exist")
+    earlier = json.loads(before.read_text()) if (args.merge or args.report_only) and before.exists() else None
     if args.report_only:
         document = earlier
         document["targets"] = document_of(earlier["records"], settings, earlier["machine"])["targets"]
