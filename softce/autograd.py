@@ -38,18 +38,18 @@ class Call(NamedTuple):
 
 def transform_active() -> bool:
     """True under forward-mode AD or a ``torch.func`` transform, where only plain torch operations are right."""
-    if torch.compiler.is_compiling():
-        # A tracer reads the level to guard on it: a graph made outside of forward-mode AD is not for use within.
-        return _transform_traced() or torch.autograd.forward_ad._current_level >= 0
+    # A tracer reads the level to guard on it: a graph made outside of forward-mode AD is not for use within.
+    if torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return _within_transform()
+
+
+def _within_transform() -> bool:
+    """For traced code too: the tracer is then within the same transforms, and guards on those that it entered."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def _transform_traced() -> bool:
-    """Whether the traced code is within a transform: the tracer is then too, and guards on those that it entered."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-_transform_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does
+_within_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does
 
 
 def reraise(error: RuntimeError) -> None:
