@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // A look at the values of a tensor in one call, where a handful of tensor operations would cost more than the loss of a
-// small batch. softce/validate.py asks.
+// small batch and be felt beside that of a large one. softce/validate.py asks.
 #include <cstdint>
 
 namespace {

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The short way of the plainest training call: float32 logits ``(N, C)`` on the CPU, class indices, mean or sum.
 
+Row losses that the kernels know cost it nothing.
+
 At a few rows of a few classes the arithmetic is nothing and every Python object on the way is felt. This way makes
 none of those that the general one needs. It only decides whether it can take a call; what it cannot take, errors
 included, is the general way's.
@@ -14,6 +16,7 @@ from torch import Tensor
 from .autograd import Call, fused_loss, reraise
 from .dispatch import PLAIN, cpu_kernels
 from .ops import KernelTarget
+from .row_losses import RowLoss
 from .settings import cached_spec
 from .validate import check_logits, may_be_probabilities
 
@@ -26,10 +29,12 @@ def quick_loss(
     label_smoothing: float,
     settings: tuple[str, float, float, float],
     empty: str,
+    row_loss: object,
 ) -> Tensor | None:
     """The loss, or ``None`` where the call is not of the plainest kind.
 
-    ``settings``: smoothing, temperature, softcap and z_loss as :func:`softce.cross_entropy` takes them.
+    ``row_loss``: whatever the caller gave. ``settings``: smoothing, temperature, softcap and z_loss as
+    :func:`softce.cross_entropy` takes them.
     """
     if (
         torch.compiler.is_compiling()
@@ -46,6 +51,7 @@ def quick_loss(
         or type(label_smoothing) is not float
         or not label_smoothing >= 0.0
         or input.dim() != 2
+        or not (row_loss is None or (isinstance(row_loss, RowLoss) and row_loss.class_factor is None))
     ):
         return None
     rows, classes = input.shape
@@ -56,7 +62,7 @@ def quick_loss(
     if may_be_probabilities(input):
         check_logits(input)
     try:
-        spec = cached_spec(classes, label_smoothing, *settings, None, 0, 1.0, 1.0, empty)
+        spec = cached_spec(classes, label_smoothing, *settings, row_loss, 0, 1.0, 1.0, empty)
     except TypeError:
         return None
     call = Call(KernelTarget(target), ignore_index, spec)

@@ -18,7 +18,14 @@ from torch import Tensor
 from .arguments import check_number, check_tensor
 from .layout import Layout
 from .ops import DENSE_LOGITS, DENSE_PROBS, KernelTarget
-from .validate import check_logits, check_probabilities, may_look, min_of
+from .validate import (
+    check_logits,
+    check_probabilities,
+    may_look,
+    min_of,
+    surely_finite_probabilities,
+    surely_not_negative,
+)
 
 
 class Form(NamedTuple):
@@ -215,6 +222,8 @@ class TopK(Target):
             self._check_prob(ignore_index)
 
     def _check_prob(self, ignore_index: int) -> None:
+        if not self.log and surely_finite_probabilities(self.prob):
+            return
         low, high = torch.aminmax(self.prob.detach())
         if self._possible(float(low), float(high)):
             return
@@ -237,9 +246,12 @@ class TopK(Target):
     def kernel_form(self, layout: Layout, acc: torch.dtype, logits_dtype: torch.dtype, ignore_index: int) -> Form:
         k = self.index.shape[-1]
         index = self.index.reshape(-1, k)
-        index = torch.where(index == -1, ignore_index, index)
-        padding = index == ignore_index
-        prob = torch.where(padding, -torch.inf if self.log else 0.0, self.prob.reshape(-1, k).to(acc))
+        prob = self.prob.reshape(-1, k).to(acc)
+        padding = None
+        if ignore_index >= 0 or not surely_not_negative(self.index):
+            index = torch.where(index == -1, ignore_index, index)
+            padding = index == ignore_index
+            prob = torch.where(padding, -torch.inf if self.log else 0.0, prob)
         prob = prob.exp() if self.log else prob
         rest = None
         if self.rest == "renormalize":
@@ -253,7 +265,8 @@ class TopK(Target):
                     "TopK: rest='uniform' spreads 1 - sum(prob) over the other classes, but a row's prob sums to "
                     f"{1 - min_of([left.detach()]):.4g}; use rest='renormalize' or rest='zero'"
                 )
-            first = first_occurrence(index) & ~padding
+            first = first_occurrence(index)
+            first = first if padding is None else first & ~padding
             others = layout.classes - first.sum(1)
             rest = torch.where(others > 0, left / others.clamp_min(1), 0.0).to(acc)
             prob = prob - rest[:, None] * first

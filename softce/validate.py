@@ -110,11 +110,11 @@ def _surely_probabilities(t: Tensor) -> bool:
     bits, size = _BITS.get(t.dtype), t.element_size()
     if bits is None or _library.CPU.reason() is not None:
         return False
-    look, start = _looker(), t.data_ptr()
     if t.numel() <= FULL and t.is_contiguous():
-        return bool(look(start, size, t.numel(), 1, bits.infinity, bits.least))
+        return _look_at_all(t, bits.infinity, bits.least)
     if t.numel() <= FULL or t.dim() == 1:
         return False
+    look, start = _looker(), t.data_ptr()
     # The rows of _sample, without making tensors of them.
     rows, classes, *inner = t.shape
     start += size * sum(n // 2 * step for n, step in zip(inner, t.stride()[2:], strict=True))
@@ -123,6 +123,29 @@ def _surely_probabilities(t: Tensor) -> bool:
         look(start + size * row * t.stride(0), size, n, step, bits.infinity, bits.least)
         for row in {0, rows // 2, rows - 1}
     )
+
+
+def surely_finite_probabilities(t: Tensor) -> bool:
+    """True if one call finds all of ``t``, which may be looked at, finite and nothing below ``-_ROUNDING``."""
+    bits = _BITS.get(t.dtype)
+    if bits is None or not t.is_contiguous() or _library.CPU.reason() is not None:
+        return False
+    return _look_at_all(t, bits.infinity - 1, bits.least)
+
+
+def surely_not_negative(index: Tensor) -> bool:
+    """True if one call finds nothing below 0 in the int64 ``index``; False too where it may not be looked at.
+
+    The least of all integers passes: it is no class either way, and the operators refuse it.
+    """
+    if not may_look(index) or not index.is_contiguous() or _library.CPU.reason() is not None:
+        return False
+    sign = 1 << 63
+    return _look_at_all(index, sign - 1, sign)
+
+
+def _look_at_all(x: Tensor, most: int, least: int) -> bool:
+    return bool(_looker()(x.data_ptr(), x.element_size(), x.numel(), 1, most, least))
 
 
 @cache

@@ -2,7 +2,9 @@
 // Many short rows at once: what lies between their two sweeps, in vectors over the rows. Included inside the namespace
 // of an instruction set.
 
-constexpr int kGroup = 512;  // rows, at most
+constexpr int kGroup = 512;      // rows, at most
+constexpr int64_t kNarrow = 16;  // fewer classes than this: several rows a vector
+constexpr double kSqrt2 = 1.4142135623730951;
 
 // The logarithm in two parts, the first of which is exact: adding what is as large as it loses nothing of the second.
 template <class V>
@@ -17,28 +19,44 @@ struct Log {
   }
 };
 
-// log of finite numbers > 0 that are not subnormal; nan for every other: x = 2^k m, m around 1, and the series of
-// log((1 + f) / (1 - f)) = 2 (f + f^3/3 + ..) for f = (m - 1) / (m + 1).
+// log((1 + f) / (1 - f)) - 2 f, by its series 2 (f^3/3 + f^5/5 + ..), for |f| up to that of the square root of 2.
+template <class A, class V = typename VecOf<A>::V>
+SOFTCE_INLINE V log_series(V f) {
+  constexpr int kLast = sizeof(A) == 8 ? 21 : 9;
+  const V z = f * f;
+  V p = splat(A(2.0 / kLast));
+  for (int i = kLast - 2; i >= 3; i -= 2) p = fma(p, z, splat(A(2.0 / i)));
+  return f * z * p;
+}
+
+// log of finite numbers > 0 that are not subnormal; nan for every other: x = 2^k m, m around 1, f = (m - 1) / (m + 1).
 template <class A, class V = typename VecOf<A>::V>
 SOFTCE_INLINE Log<V> log_or_nan(V x) {
   using U = typename VecOf<A>::U;
   using E = Exp<A, 5>;
-  constexpr int kMantissa = sizeof(A) == 8 ? 52 : 23, kLast = sizeof(A) == 8 ? 21 : 9;
+  constexpr int kMantissa = sizeof(A) == 8 ? 52 : 23;
   const U b = bits<U>(x), one = bits<U>(splat(A(1))), digits = ((U{} + 1) << kMantissa) - 1;
   V m = bits<V>((b & digits) | one);
-  const auto high = m > A(1.4142135623730951);
+  const auto high = m > A(kSqrt2);
   m = high ? m * A(0.5) : m;
   // An integer that fits a mantissa, put under the exponent of kInteger, is that integer plus kInteger.
   constexpr A kInteger = sizeof(A) == 8 ? A(0x1p52) : A(0x1p23);
   V k = bits<V>((b >> kMantissa) | bits<U>(splat(kInteger))) - (kInteger + A(E::kBias));
   k = high ? k + A(1) : k;
-  const V f = (m - A(1)) / (m + A(1)), z = f * f;
-  V p = splat(A(1.0 / kLast));
-  for (int i = kLast - 2; i >= 3; i -= 2) p = fma(p, z, splat(A(1.0 / i)));
+  const V f = (m - A(1)) / (m + A(1));
   constexpr A kLeast = sizeof(A) == 8 ? A(0x1p-1022) : A(0x1p-126);
   const auto good = (x >= kLeast) & (x < A(__builtin_inf()));
-  const V value = fma(k, splat(E::kLow), fma(f * z, p, f) * A(2));
+  const V value = fma(k, splat(E::kLow), fma(f, splat(A(2)), log_series<A>(f)));
   return {k * E::kHigh, good ? value : splat(A(__builtin_nan("")))};
+}
+
+// log(a / b) for 1 <= a / b <= 4, without the rounding of that quotient: 0 where a = b.
+template <class A, class V = typename VecOf<A>::V>
+SOFTCE_INLINE V log_quotient(V a, V b) {
+  const V half = b * A(kSqrt2), k = a > half ? (a > half * A(2) ? splat(A(2)) : splat(A(1))) : V{};
+  b = a > half ? (a > half * A(2) ? b * A(4) : b * A(2)) : b;
+  const V f = (a - b) / (a + b);
+  return fma(k, splat(A(kLn2)), fma(f, splat(A(2)), log_series<A>(f)));
 }
 
 // Rows [first, first + n): sums in, factors out. A row's gradient is live ? e * a - pull * q : 0, where q is w * (mix_a
@@ -49,12 +67,30 @@ struct Group {
   int64_t first = 0, n = 0;
   // Sums under Ref{shift, 0}: of e; with a sparse target over a base of w * y; with a dense one of q and of q * y.
   alignas(64) A e[kGroup], y[kGroup], q[kGroup], qy[kGroup], shift[kGroup];
-  // Class indices: weight of the class, its y without the shift, its e.
-  alignas(64) A entry[kGroup], entry_y[kGroup], entry_e[kGroup];
-  alignas(64) int64_t place[kGroup];  // of that e
-  alignas(64) A a[kGroup], pull[kGroup], take[kGroup];
+  // Class indices: weight of the class, 0 of an ignored row; its logit, its e.
+  alignas(64) A entry[kGroup], entry_x[kGroup], entry_e[kGroup];
+  alignas(64) int64_t place[kGroup];                                                   // of that e
+  alignas(64) A a[kGroup + kLanes<A>], pull[kGroup + kLanes<A>], take[kGroup];         // two are read from any row on
   alignas(64) A loss[kGroup], lse[kGroup], mass[kGroup], count[kGroup], live[kGroup];  // live: 1 or 0
   alignas(64) A part[kGroup];                                                          // of the loss of the call
+};
+
+// Where narrow rows stand, one behind the other: vector k begins in row `row[k]`, and its lane i is of the row
+// `lane[k][i]` behind that. After so many vectors and rows a vector begins where a row does, as the first one.
+template <class A>
+struct Lap {
+  int64_t vectors, rows, row[kNarrow];
+  alignas(64) typename VecOf<A>::U lane[kNarrow];
+
+  explicit Lap(int64_t classes) {
+    int64_t common = classes & -classes;  // their greatest common divisor
+    if (common > kLanes<A>) common = kLanes<A>;
+    vectors = classes / common, rows = kLanes<A> / common;
+    for (int64_t k = 0; k < vectors && k < kNarrow; ++k) {
+      row[k] = k * kLanes<A> / classes;
+      for (int i = 0; i < kLanes<A>; ++i) lane[k][i] = (k * kLanes<A> + i) / classes - row[k];
+    }
+  }
 };
 
 // The sum of n values in double.
@@ -85,32 +121,31 @@ inline bool simple(const Context<A>& ctx) {
          (!ctx.sparse || (ctx.target.entries == 1 && !ctx.target.value));
 }
 
-// Marks ignored rows, and takes in the classes of the others: y_of(row in group, class) is y, place_of where in e it
-// is.
-template <class A, class Y, class Place>
-SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, const A* e, Y y_of, Place place_of) {
-  for (int64_t i = 0; i < g.n; ++i) {
-    g.live[i] = g.count[i] = 1;
-    g.entry[i] = g.entry_y[i] = g.entry_e[i] = 0;
-  }
+// Marks ignored rows, and takes in the classes of the others: x_of(row in group, class) is the logit, place_of where in
+// e it is.
+template <class A, class X, class Place>
+SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, const A* e, X x_of, Place place_of) {
+  const A* const weight = ctx.weight;
+  for (int64_t i = 0; i < g.n; ++i) g.live[i] = g.count[i] = 1;
   if (!ctx.sparse) return;
   if (ctx.target.entries != 1) {
     for (int64_t i = 0; i < g.n; ++i) g.live[i] = ctx.ignored(g.first + i) ? A(0) : A(1);
     return;
   }
+  // Loops apart, and as little as there can be in the first one: the others are vectors.
   const int64_t *index = ctx.target.index + g.first, ignore_index = ctx.target.ignore_index;
   for (int64_t i = 0; i < g.n; ++i) {
-    // An ignored row reads class 0, and forgets it: no branch that a CPU would have to guess.
-    const bool ignored = index[i] == ignore_index;
-    const int64_t c = ignored ? 0 : index[i];
-    g.live[i] = ignored ? A(0) : A(1);
+    const int64_t c = index[i] == ignore_index ? 0 : index[i];  // no branch that a CPU would have to guess
     g.place[i] = place_of(i, c);
-    const A part = e[g.place[i]], y = y_of(i, c) - g.shift[i];
-    g.entry_e[i] = ignored ? A(0) : part;
-    g.entry_y[i] = ignored ? A(0) : y;
+    g.entry_e[i] = e[g.place[i]];
+    g.entry_x[i] = x_of(i, c);
   }
-  const A* const weight = ctx.weight;
-  for (int64_t i = 0; i < g.n; ++i) g.entry[i] = g.count[i] = weight && g.live[i] != 0 ? weight[index[i]] : g.live[i];
+  for (int64_t i = 0; i < g.n; ++i) g.live[i] = index[i] == ignore_index ? A(0) : A(1);
+  if (weight) {
+    for (int64_t i = 0; i < g.n; ++i) g.entry[i] = g.count[i] = g.live[i] != 0 ? weight[index[i]] : A(0);
+  } else {
+    for (int64_t i = 0; i < g.n; ++i) g.entry[i] = g.count[i] = g.live[i];
+  }
 }
 
 // Settles a simple group; returns its part of the loss. w_sum: the sum of the class weights, C where absent.
@@ -136,14 +171,15 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, Sc
   };
   for (int64_t i = g.n; i % kStep != 0; ++i) {  // lanes behind the last row: harmless numbers
     g.e[i] = 1;
-    g.y[i] = g.q[i] = g.qy[i] = g.shift[i] = g.entry[i] = g.entry_y[i] = g.entry_e[i] = g.count[i] = g.live[i] = 0;
+    g.y[i] = g.q[i] = g.qy[i] = g.shift[i] = g.entry[i] = g.entry_x[i] = g.entry_e[i] = g.count[i] = g.live[i] = 0;
   }
+  const V all_mass = splat(mix_b * A(w_sum) + mix_a), all_inverse = A(1) / all_mass;  // of unweighted entries
   U odd{};
   for (int64_t i = 0; i < g.n; i += kStep) {
     const V e = load<V>(g.e + i), shift = load<V>(g.shift + i);
     const Log<V> log_e = log_or_nan<A>(e);
     const V lse = shift + log_e.value();
-    V alive = load<V>(g.live + i), pull, a, entry{};
+    V alive = load<V>(g.live + i), pull, a, entry{}, in_e{};
     if (ctx.sparse) entry = load<V>(g.entry + i) * mix_a;
     if (call.op == Op::grad) {
       a = rows(coef, i);
@@ -165,8 +201,8 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, Sc
       V loss = fma(mass, log_e.high, -dot) + mass * log_e.low;
       if (ctx.sparse) {
         // -log p of the entry: where p is a good part, from e alone, so that a certain prediction has no loss.
-        const V own = load<V>(g.entry_e + i), far = log_e.minus(load<V>(g.entry_y + i));
-        const V near = log_or_nan<A>(e / own).value();
+        const V own = load<V>(g.entry_e + i), far = log_e.minus(fma(load<V>(g.entry_x + i), splat(scale), -shift));
+        const V near = log_quotient<A>(e, own);
         const V product = entry * (own > A(kGoodPart) * e ? near : far);
         loss += entry == 0 ? zero : product;
         mass += entry;
@@ -189,10 +225,12 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, Sc
       store(g.mass + i, alive == 0 ? zero : mass);
       a = lse == lse ? pull * mass / e : nan;
       alive = pull == 0 ? zero : alive;
+      if (ctx.sparse) in_e = ctx.weight ? entry * e / mass : entry * e * all_inverse;
     }
     a *= scale;
     pull *= scale;
-    const V off = pull * entry, in_e = off / a;
+    const V off = pull * entry;
+    if (call.op == Op::grad) in_e = off / a;
     const V take = (off == 0) | (alive == 0) ? zero : in_e;
     // Out of the range of e: |take| or 1 / |a| beyond 1e25, but not nan.
     constexpr A kFar = A(1e25), kTiny = A(1e-25);

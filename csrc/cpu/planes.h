@@ -184,8 +184,7 @@ struct Planes {
     }
     const int64_t stride = ctx.problem.logits.class_stride;
     const auto place_of = [&](int64_t i, int64_t c) { return c * tile.pitch + i; };
-    index_group(
-        ctx, g, tile.e, [&](int64_t i, int64_t c) { return X::to(tile.x[c * stride + i]) * A(ctx.scale); }, place_of);
+    index_group(ctx, g, tile.e, [&](int64_t i, int64_t c) { return X::to(tile.x[c * stride + i]); }, place_of);
     const auto scale_row = [&](int64_t i, A factor) {
       for (int64_t c = 0; c < ctx.classes; ++c) tile.e[c * tile.pitch + i] *= factor;
     };

@@ -329,7 +329,8 @@ inline void write_stats(const Context<A>& ctx, int64_t r, const Finished& row) {
 
 // Entries are taken off scratch, in units of e: not where those are too small, or too large for the amount.
 inline bool out_of_range(double unit, double amount) {
-  return unit == unit && !(__builtin_fabs(unit) > 1e-25 && __builtin_fabs(amount / unit) < 1e25);
+  const double size = __builtin_fabs(unit);
+  return unit == unit && !(size > 1e-25 && __builtin_fabs(amount) < 1e25 * size);
 }
 
 // The factors of a row's gradient; for fused, `loss` gets what the row adds to the loss.

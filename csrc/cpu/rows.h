@@ -18,8 +18,8 @@ template <class A>
 struct Sweeps {
   Sums (*first)(const Context<A>&, const Piece<A>&, Refs&);  // may find out that the row is masked
   void (*second)(const Context<A>&, const Piece<A>&, const Refs&, const Factors&, int64_t row);
-  int unit = 1;                // elements that lie in scratch together,
-  int (*slot)(int) = nullptr;  // and where in there; null: the second sweep takes sparse entries itself
+  int64_t (*slot)(int64_t) = nullptr;  // where in scratch an element of a block is; null: the second sweep takes sparse
+                                       // entries itself
 };
 
 // How a row is cut: a head, which may be empty, up to the first vector-aligned element of the output, then whole
@@ -108,14 +108,13 @@ struct Rows {
     if (direct) {
       for (int64_t k = 0; k < cut.blocks; ++k) {
         A* block = e + cut.offset(k);
-        for (int64_t i = 0; i < (cut.size(k) + sweeps.unit - 1) / sweeps.unit * sweeps.unit; ++i) block[i] *= A(a[k]);
+        for (int64_t i = 0; i < (cut.size(k) + kPad - 1) / kPad * kPad; ++i) block[i] *= A(a[k]);
         a[k] = 1;
       }
     }
     ctx.entries(r, [&](int64_t c, double t) {
-      const int64_t k = cut.block_of(c), i = c - cut.begin(k);
-      const double take = f.entry * t * ctx.weight_of(c);
-      e[cut.offset(k) + i / sweeps.unit * sweeps.unit + sweeps.slot(int(i % sweeps.unit))] -= A(take / a[k]);
+      const int64_t k = cut.block_of(c);
+      e[cut.offset(k) + sweeps.slot(c - cut.begin(k))] -= A(f.entry * t * ctx.weight_of(c) / a[k]);
     });
   }
 

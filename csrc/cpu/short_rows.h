@@ -5,7 +5,7 @@
 
 constexpr int64_t kShort = 2048;        // classes, at most
 constexpr int64_t kTileSize = 1 << 14;  // elements of a tile, about
-constexpr int64_t kWide = 64;           // classes from which on it pays to go row by row within a tile
+constexpr int64_t kWide = 64;           // classes from which on it pays to add up row by row within a tile
 
 template <class X, class D, Kind kKind, bool kWeighted>
 struct ShortRows {
@@ -24,30 +24,20 @@ struct ShortRows {
   double w_sum = 0;
   const int64_t classes = ctx.classes;
 
+  const Lap<A> lap{classes};
+
   // Arrays of one value a class of every row, and the rows' places in the tensors (or in copies, where the tensor's
   // rows do not follow each other).
   struct Tile {
     Group<A> group;
     int64_t size;  // elements
-    A *e, *q, *qy, *a, *pull, *weight;
+    A *e, *q, *qy, *a, *weight;
     A* e_sums;  // of wide rows, a vector each; q and qy then have no more than that
     Elem *x_copy, *out_copy;
     Dense* d_copy;
     const Elem* x;
     const Dense* d;
   };
-
-  // A row's value for each of its classes.
-  void spread(const A* from, int64_t n, A* to) const {
-    for (int64_t i = 0; i < n; ++i) {
-      const V v = splat(from[i]);
-      A* row = to + i * classes;
-      int64_t c = 0;  // what lies behind the row's end is the next row's, which comes later
-      do {
-        store(row + c, v);
-      } while ((c += kLane) < classes);
-    }
-  }
 
   // The sum of `length` values for every row. Behind the last row of a vector stands its sum again.
   static void sums(const A* values, int64_t n, int64_t length, A* to) {
@@ -232,7 +222,7 @@ struct ShortRows {
     }
   }
 
-  // The rows' maxima, taken off where they do not suit.
+  // The rows' maxima, taken off where they do not suit; in the tile's a for each class of their row.
   void shift(Tile& tile) const {
     Group<A>& g = tile.group;
     for (int64_t i = 0; i < g.n; ++i) {
@@ -248,8 +238,9 @@ struct ShortRows {
       A best = A(max_of<A>(top));
       for (int64_t c = full; c < classes; ++c) best = X::to(x[c]) > best ? X::to(x[c]) : best;
       g.shift[i] = best == low ? A(0) : best * A(ctx.scale);
+      A* row = tile.a + i * classes;  // what lies behind the row's end is the next row's, which comes later
+      for (int64_t c = 0; c < classes; c += kLane) store(row + c, splat(g.shift[i]));
     }
-    spread(g.shift, g.n, tile.a);
   }
 
   // Writes the gradient of the vector at `at`, whose rows have the factors a and pull.
@@ -276,11 +267,14 @@ struct ShortRows {
   SOFTCE_INLINE void write_all(const Tile& tile, Elem* out) const {
     const Group<A>& g = tile.group;
     int64_t at = 0;
-    if (!wide()) {
-      spread(g.a, g.n, tile.a);
-      if constexpr (kBase || kDense) spread(g.pull, g.n, tile.pull);
-      for (; at < tile.size; at += kLane)
-        write<kPast>(tile, out, at, load<V>(tile.a + at), kBase || kDense ? load<V>(tile.pull + at) : V{});
+    if (classes < kNarrow) {
+      for (int64_t from = 0; at < tile.size; from += lap.rows) {
+        for (int64_t k = 0; k < lap.vectors && at < tile.size; ++k, at += kLane) {
+          const int64_t row = from + lap.row[k];
+          const V pull = kBase || kDense ? pick(load<V>(g.pull + row), lap.lane[k]) : V{};
+          write<kPast>(tile, out, at, pick(load<V>(g.a + row), lap.lane[k]), pull);
+        }
+      }
       return;
     }
     const V lanes = lane_numbers();
@@ -333,8 +327,7 @@ struct ShortRows {
       first<true>(tile);
     }
     const auto place_of = [&](int64_t i, int64_t c) { return i * classes + c; };
-    index_group(
-        ctx, g, tile.e, [&](int64_t i, int64_t c) { return X::to(tile.x[i * classes + c]) * A(ctx.scale); }, place_of);
+    index_group(ctx, g, tile.e, [&](int64_t i, int64_t c) { return X::to(tile.x[i * classes + c]); }, place_of);
     const auto scale_row = [&](int64_t i, A factor) {
       for (int64_t c = 0; c < classes; ++c) tile.e[i * classes + c] *= factor;
     };
@@ -358,14 +351,14 @@ struct ShortRows {
         ctx.call.parallel, (tiles + per_task - 1) / per_task, [&](int64_t from, int64_t to, double* losses) {
           const int64_t size = height * classes + kPadded;
           const size_t bytes = (sizeof(Tile) + 63) / 64 * 64, array = (size_t(size) * sizeof(A) + 63) / 64 * 64;
-          constexpr int kArrays = 10;
+          constexpr int kArrays = 9;
           char* memory = static_cast<char*>(scratch(0, bytes + kArrays * array));
           Tile& tile = *reinterpret_cast<Tile*>(memory);
           const auto values = [&](int k) { return reinterpret_cast<A*>(memory + bytes + size_t(k) * array); };
           tile.e = values(0), tile.q = values(1), tile.qy = values(2);
-          tile.a = values(3), tile.pull = values(4), tile.weight = values(5);
+          tile.a = values(3), tile.weight = values(4), tile.e_sums = values(5);
           tile.x_copy = reinterpret_cast<Elem*>(values(6)), tile.out_copy = reinterpret_cast<Elem*>(values(7));
-          tile.d_copy = reinterpret_cast<Dense*>(values(8)), tile.e_sums = values(9);
+          tile.d_copy = reinterpret_cast<Dense*>(values(8));
           for (int64_t i = 0; kWeighted && i < height; ++i)
             __builtin_memcpy(tile.weight + i * classes, ctx.weight, size_t(classes) * sizeof(A));
           for (int64_t task = from; task < to; ++task) {

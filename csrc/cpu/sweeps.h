@@ -193,7 +193,9 @@ struct Fast {
     }
   }
 
-  static constexpr Sweeps<A> sweeps() { return {first, second, kUnit, X::slot}; }
+  static int64_t slot(int64_t i) { return i / kUnit * kUnit + X::slot(int(i % kUnit)); }
+
+  static constexpr Sweeps<A> sweeps() { return {first, second, slot}; }
 };
 
 // The sweeps for a call, by dtype and kind of target.

@@ -170,6 +170,25 @@ SOFTCE_INLINE void stream_end() {
 #endif
 }
 
+// Lane lanes[i] of v in lane i.
+#if defined(__AVX512F__)
+SOFTCE_INLINE F32V pick(F32V v, U32V lanes) { return (F32V)_mm512_permutexvar_ps((__m512i)lanes, (__m512)v); }
+SOFTCE_INLINE F64V pick(F64V v, U64V lanes) { return (F64V)_mm512_permutexvar_pd((__m512i)lanes, (__m512d)v); }
+#elif defined(__AVX2__)
+SOFTCE_INLINE F32V pick(F32V v, U32V lanes) { return (F32V)_mm256_permutevar8x32_ps((__m256)v, (__m256i)lanes); }
+SOFTCE_INLINE F64V pick(F64V v, U64V lanes) {
+  const U64V first = lanes << 1, halves = (first | first << 32) + (uint64_t{1} << 32);
+  return (F64V)_mm256_permutevar8x32_ps((__m256)v, (__m256i)halves);
+}
+#else
+template <class V, class U>
+SOFTCE_INLINE V pick(V v, U lanes) {
+  V picked;
+  for (size_t i = 0; i < sizeof(v) / sizeof(v[0]); ++i) picked[i] = v[lanes[i]];
+  return picked;
+}
+#endif
+
 // 0, 1, .. up to a vector's lanes, as template arguments.
 template <int... kLane>
 struct Lanes {};
