@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import builtins
 import importlib
+import os
 import runpy
 import sys
+import types
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -56,8 +60,21 @@ def run(arguments: list[str]) -> None:
     if as_module:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = str(Path(name).resolve().parent)  # in place of the current directory, as for `python SCRIPT`
-        runpy.run_path(name, run_name="__main__")
+        _run_file(name)
+
+
+def _run_file(name: str) -> None:
+    """``python NAME``: ``__file__`` is absolute, and ``__main__`` stays the script's to the end of the process."""
+    file = os.path.join(os.getcwd(), name)  # not normalised, as Python does it
+    if os.path.isdir(file) or file.endswith(".pyc") or zipfile.is_zipfile(file):
+        del sys.path[0]
+        runpy.run_path(file, run_name="__main__")
+        return
+    sys.path[0] = str(Path(name).resolve().parent)  # in place of the current directory
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    main.__dict__.update(__file__=file, __builtins__=builtins)
+    # The rest of runpy.run_path puts sys.argv[0] and __main__ back at the end; threads and atexit come later.
+    exec(compile(Path(file).read_bytes(), file, "exec", dont_inherit=True), main.__dict__)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {f.__name__: f for f in (info, demo, bench, run)}

@@ -83,8 +83,10 @@ def formula_vjp(
     """Gradients of ``formula(*tensors)`` where ``needs`` asks, themselves differentiable where grad mode is on."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Fresh aliases, so that the inner graph ends here; under create_graph they lead on to the saved tensors.
-        aliases = [None if t is None else t.view_as(t) if create_graph else t.detach() for t in tensors]
+        # Fresh aliases, so that the inner graph ends here; under create_graph they lead on to the saved tensors, and
+        # within a transform, which forbids requires_grad_().
+        lead_on = create_graph or transform_active()
+        aliases = [None if t is None else t.view_as(t) if lead_on else t.detach() for t in tensors]
         wanted = [a for a, need in zip(aliases, needs, strict=True) if need and a is not None]
         for alias in wanted:
             if not alias.requires_grad:
@@ -180,7 +182,8 @@ class _InplaceRowStats(torch.autograd.Function):
 
 def row_stats(logits: Tensor, call: Call, extras: bool, inplace: bool = False) -> Tensor:
     """Differentiable ``softce::row_stats``."""
-    if inplace and logits.requires_grad and torch.is_grad_enabled():
+    # torch.jit.trace takes no autograd.Function in its graph.
+    if inplace and logits.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing():
         if any(t is not None and t.requires_grad for t in call.target):
             raise RuntimeError("Options(inplace=True): the target must not require grad, it is read after the logits")
         return _InplaceRowStats.apply(logits, call, extras)  # type: ignore[no-any-return]
@@ -255,7 +258,10 @@ def _scaled(dlogits: Tensor, g_loss: Tensor, factor: float | None) -> Tensor:
 
 def is_batched(grad: Tensor | None) -> bool:
     """True for gradients under ``torch.func`` or ``autograd.grad(is_grads_batched=True)``: they have no one value."""
-    return transform_active() or (grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad))
+    if transform_active():
+        return True
+    traced = torch.compiler.is_compiling()  # compiled autograd cannot trace the question
+    return grad is not None and not traced and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _exact(factor: float, dtype: torch.dtype) -> bool:
@@ -270,10 +276,11 @@ def _vjp_by_statistics(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) 
     """The gradient from the saved inputs: for ``create_graph``, for gradients of the statistics, to round once."""
     logits, call, (row_weight, saved) = _restore(ctx)
     assert saved is not None
-    create_graph, by_formula = torch.is_grad_enabled(), torch.is_grad_enabled() or transform_active()
+    create_graph = torch.is_grad_enabled()
+    by_formula = create_graph or transform_active()
     with torch.enable_grad():
         if by_formula:
-            source = logits.view_as(logits) if create_graph else logits.detach().requires_grad_()
+            source = logits.view_as(logits)
             stats = reference.row_stats(source, call.target, call.ignore_index, call.spec, ctx.extras)
         else:
             source = stats = saved.detach().requires_grad_()

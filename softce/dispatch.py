@@ -13,6 +13,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from . import backends
 from .autograd import transform_active
 from .options import Options
+from .validate import traced
 
 PLAIN = (Tensor, torch.nn.Parameter)
 TRACED = (FakeTensor, FunctionalTensor)  # what tracers pass: they record the operators
@@ -23,7 +24,7 @@ _FOR_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "meta": ("cpu",)}
 
 def is_plain(x: Tensor) -> bool:
     """True for an ordinary tensor outside any tracing: its data may be looked at and its memory written."""
-    return type(x) in PLAIN and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    return type(x) in PLAIN and not traced() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def reasons_against_kernels(x: Tensor) -> list[str]:

@@ -38,6 +38,7 @@ def quick_loss(
     """
     if (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() != 0
         or type(input) not in PLAIN
         or type(target) is not Tensor

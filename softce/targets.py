@@ -335,8 +335,9 @@ class Mixup(Target):
                 lam = lam.reshape(()).expand(a.shape)
             value = torch.stack((lam, 1 - lam), 1)
         else:
-            value = torch.tensor((self.lam, 1 - self.lam), dtype=acc, device=index.device)
-            value = value.expand(index.shape).contiguous()
+            # Times a tensor: a compiled graph then takes any number, where torch.tensor would make it a constant.
+            one = torch.ones(a.shape, dtype=acc, device=index.device)
+            value = torch.stack((one * self.lam, one * (1 - self.lam)), 1)
         return Form(KernelTarget(index=index, value=value), ignore_index=ignore_index)
 
 
@@ -395,7 +396,8 @@ def as_target(input: Tensor, target: Any) -> Target:
     """The target form of what the caller gave."""
     if isinstance(target, Tensor):
         check_tensor("cross_entropy: target", target)
-        if target.shape == input.shape and input.dim() > 0:
+        # The dimensions first: shapes of different lengths would be compared, and by tracers guarded, size by size.
+        if target.dim() == input.dim() > 0 and target.shape == input.shape:
             return ClassProbabilities(target)
         if target.is_floating_point() and target.dim() == input.dim() > 1:
             return ClassProbabilities(target)  # raises for the shape that differs

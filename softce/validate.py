@@ -55,9 +55,14 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _warned: set[tuple[object, ...]] = set()
 
 
+def traced() -> bool:
+    """Whether ``torch.compile`` or ``torch.jit.trace`` is recording the call."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 def may_look(x: Tensor) -> bool:
     """Whether the data of ``x`` can be read here and now, without waiting for a device or breaking a trace."""
-    if torch.compiler.is_compiling():
+    if traced():
         return False
     return (
         type(x) in _PLAIN

@@ -356,6 +356,24 @@ def test_vmap_over_targets_alone(kwargs: dict[str, Any]) -> None:
     torch.testing.assert_close(got, torch.stack([F.cross_entropy(X, t, **kwargs) for t in dense]))
 
 
+@by_reduction
+def test_vmap_over_backward(reduction: str, options: Options) -> None:
+    """``vmap(autograd.grad)`` of a graph made outside: rows of a Jacobian at once; with ``create_graph`` too."""
+    for target in (Y, T):
+        x = X.clone().requires_grad_()
+        results = []
+        for function, kwargs in ((softce.cross_entropy, {"options": options}), (F.cross_entropy, {})):
+            loss = function(x, target, reduction=reduction, label_smoothing=0.1, **kwargs)
+            upstream = torch.stack((torch.ones_like(loss), torch.linspace(-1, 2, loss.numel(), dtype=D).view_as(loss)))
+            results.append(
+                [
+                    torch.func.vmap(lambda g: torch.autograd.grad(loss, x, g, **graph)[0])(upstream)  # noqa: B023
+                    for graph in ({"retain_graph": True}, {"create_graph": True})
+                ]
+            )
+        torch.testing.assert_close(*results)
+
+
 def test_per_sample_gradients_of_a_model() -> None:
     """functional_call under vmap(grad), with ignored samples."""
     model = torch.nn.Linear(6, 5, dtype=D)

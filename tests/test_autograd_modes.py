@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import warnings
 from typing import Any
@@ -183,6 +184,32 @@ def test_make_fx_traces() -> None:
             x = X.to(dtype, copy=True).requires_grad_()
             graph = make_fx(step, tracing_mode=mode)(x, Y)
             torch.testing.assert_close(graph(x, Y), step(x, Y))
+
+
+TRACED: dict[str, Any] = {
+    "indices": lambda x, y: softce.cross_entropy(x, y, label_smoothing=0.1),
+    "none": lambda x, y: softce.cross_entropy(x, y, reduction="none"),
+    "inplace": lambda x, y: softce.cross_entropy(2 * x, y, options=Options(inplace=True)),
+    "probabilities": lambda x, y: softce.cross_entropy(x, T[: x.shape[0]].float(), W.float()),
+    "focal": lambda x, y: softce.cross_entropy(x, softce.Mixup(y, y.flip(0), 0.3), row_loss=softce.Focal(2.0)),
+    "linear": lambda x, y: softce.linear_cross_entropy(x, torch.arange(35.0).view(7, 5) / 9, y),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("loss", TRACED.values(), ids=TRACED)
+def test_jit_trace(loss: Any, cpu_kernels: None) -> None:
+    """The graph is saved, read again, and right for other values and another number of rows, gradients included."""
+    x = X.float().requires_grad_()
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(loss, (x, Y)), file)
+    file.seek(0)
+    graph = torch.jit.load(file)
+    for rows in (slice(None), slice(2)) if loss is not TRACED["probabilities"] else (slice(None),):
+        other, y = X[rows].float().cos().requires_grad_(), Y[rows]
+        got, want = graph(other, y), loss(other, y)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(torch.autograd.grad(out.sum(), other)[0] for out in (got, want)))
 
 
 # ---- where the computation runs ----

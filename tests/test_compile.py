@@ -156,6 +156,20 @@ def test_changing_smoothing_does_not_storm() -> None:
     assert counter.frame_count <= 7
 
 
+def test_changing_mixing_weights_do_not_recompile() -> None:
+    """Mixup draws a new number for every batch."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda x, t, lam: softce.cross_entropy(x, softce.Mixup(t, t.flip(0), lam)), backend=counter, fullgraph=True
+    )
+    x, t = torch.randn(5, 9), torch.randint(9, (5,))
+    for i in range(6):
+        lam = 0.05 + 0.15 * i
+        want = softce.cross_entropy(x, softce.Mixup(t, t.flip(0), lam))
+        torch.testing.assert_close(compiled(x, t, lam), want)
+    assert counter.frame_count <= 2
+
+
 def test_statistics_and_modes() -> None:
     x, t = torch.randn(5, 9), torch.tensor([0, -100, 8, 3, 2])
     function = lambda x: softce.cross_entropy(x, t, return_stats=True, label_smoothing=0.1)  # noqa: E731
@@ -228,6 +242,20 @@ def test_export() -> None:
     x, t = torch.randn(5, 9), torch.randint(9, (5,))
     program = torch.export.export(Loss(), (x, t))
     torch.testing.assert_close(program.module()(x, t), F.cross_entropy(x, t, label_smoothing=0.1))
+
+
+def test_export_of_any_picture_size() -> None:
+    """No size is bound to differ from the number of classes, as it would be where shapes are compared too early."""
+
+    class Loss(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return softce.cross_entropy(x, t)
+
+    n, h, w = (torch.export.Dim(name, min=2) for name in "nhw")
+    x, t = torch.randn(2, 5, 4, 6), torch.randint(5, (2, 4, 6))
+    program = torch.export.export(Loss(), (x, t), dynamic_shapes=({0: n, 2: h, 3: w}, {0: n, 1: h, 2: w}))
+    x, t = torch.randn(3, 5, 5, 7), torch.randint(5, (3, 5, 7))
+    torch.testing.assert_close(program.module()(x, t), F.cross_entropy(x, t))
 
 
 def test_compiled_autograd_of_an_eager_loss() -> None:

@@ -312,6 +312,39 @@ def test_graphs_follow_in_and_out(_fresh_compiler: None) -> None:
 # ---- python -m softce run; that the script's calls run on the kernels is in test_package.py ----
 
 
+AS_PYTHON = """
+import atexit, os, pickle, sys
+class Job: pass
+atexit.register(lambda: print(type(pickle.loads(pickle.dumps(Job()))) is Job, sys.argv))
+os.chdir("/")
+print(__name__, __file__, open(__file__).readline() == chr(10), sys.argv, sys.path[0])
+"""
+
+
+def test_run_is_as_python_would(tmp_path: Path) -> None:
+    """A script that changes its folder finds its own; it is ``__main__`` until the process ends."""
+    (tmp_path / "job.py").write_text(AS_PYTHON)
+    environment = {**os.environ, "PYTHONPATH": str(Path(softce.__file__).parent.parent)}
+    got, want = (
+        subprocess.run(
+            [sys.executable, *ways, "./job.py", "-x", "1"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for ways in (["-m", "softce", "run"], [])
+    )
+    assert got == want and got.splitlines()[-1] == "True ['./job.py', '-x', '1']"
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "__main__.py").write_text("import part; print(__file__, part.__name__)")
+    (tmp_path / "app" / "part.py").write_text("")
+    command = [sys.executable, "-m", "softce", "run", "app"]
+    folder = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert folder.stdout == f"{tmp_path / 'app' / '__main__.py'} part\n"
+
+
 def test_run_passes_on_exit_status_and_errors(tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text("raise SystemExit(7)")
     command = [sys.executable, "-m", "softce", "run"]

@@ -303,3 +303,17 @@ def test_results_for_each_row_may_be_changed_in_place(cpu_kernels: None) -> None
     want = ((2 * F.nll_loss(log_p, y, reduction="none") - (log_p.exp() * log_p).sum(1)) * mask).sum()
     for a, c in zip(torch.autograd.grad(total, (x, w)), torch.autograd.grad(want, (x, w)), strict=True):
         torch.testing.assert_close(a, c)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_vmap_over_backward(reduction: str, cpu_kernels: None) -> None:
+    """``vmap(autograd.grad)`` of a graph made outside."""
+    x, w, _ = leaves(D)
+    results = []
+    for loss in (linear_ce(x, w, Y, reduction=reduction), F.cross_entropy(F.linear(x, w), Y, reduction=reduction)):
+        assert isinstance(loss, Tensor)
+        upstream = torch.stack((torch.ones_like(loss), torch.full_like(loss, -3.0)))
+        results.append(
+            torch.func.vmap(lambda g: torch.autograd.grad(loss, (x, w), g, retain_graph=True))(upstream)  # noqa: B023
+        )
+    torch.testing.assert_close(*results)

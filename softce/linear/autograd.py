@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
-from ..autograd import formula_vjp, is_batched
+from ..autograd import formula_vjp, is_batched, transform_active
 from ..backends.gpu import scale_
 from ..ops import KernelTarget, Spec, acc_dtype
 from ..reduction import reduce_stats
@@ -202,9 +202,10 @@ def _again(
 ) -> tuple[Tensor | None, ...]:
     """Gradients from the saved inputs: a second backward, ``create_graph``, or gradients of the statistics."""
     create_graph, extras = torch.is_grad_enabled(), saved.shape[0] > ops.STATS
+    by_formula = create_graph or transform_active()
     every = (*needs, *(False,) * (_N - 3))
     with torch.enable_grad():
-        if create_graph:
+        if by_formula:
             aliases = Tensors(*(None if x is None else x.view_as(x) for x in tensors))  # type: ignore[arg-type]
             source = stats = formula_stats(aliases, work.ignore_index, work.spec, extras)
         else:
@@ -212,9 +213,9 @@ def _again(
         loss = reduce_stats(stats, work.spec, row_weight, mean)
         pairs = [(out, g) for out, g in ((loss, g_loss), (stats, g_stats)) if g is not None]
         outputs, grads = zip(*pairs, strict=True)
-        if create_graph:
+        if by_formula:
             wanted = [x for x, need in zip(aliases, every, strict=True) if need and x is not None]
-            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
             return tuple(next(found) if need else None for need in needs)
         (grad,) = torch.autograd.grad(outputs, source, grads)
     return _stats_vjp(tensors, work, saved, grad, every)[:3]
