@@ -24,6 +24,7 @@ from . import ops, reference
 from .backends.gpu import scale_
 from .ops import ENTROPY, LOSS, LSE, MASS, STATS, TARGET_LOGP, KernelTarget, Spec
 from .reduction import reduce_stats
+from .validate import jit_traced
 
 BAD_INDEX = "softce: target out of range"
 
@@ -183,7 +184,7 @@ class _InplaceRowStats(torch.autograd.Function):
 def row_stats(logits: Tensor, call: Call, extras: bool, inplace: bool = False) -> Tensor:
     """Differentiable ``softce::row_stats``."""
     # torch.jit.trace takes no autograd.Function in its graph.
-    if inplace and logits.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing():
+    if inplace and logits.requires_grad and torch.is_grad_enabled() and not jit_traced():
         if any(t is not None and t.requires_grad for t in call.target):
             raise RuntimeError("Options(inplace=True): the target must not require grad, it is read after the logits")
         return _InplaceRowStats.apply(logits, call, extras)  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ take goes on to torch's own.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ _KEYS = ("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastC
 _OPTIONS = Options(validate=False)  # torch takes any probabilities, and says nothing
 
 _installed: torch.library.Library | None = None
+_lock = threading.Lock()
+_blocks = 0  # of installed() that are open
+_before = False  # whether it was installed when the first of them began
 
 
 def _torch_own(
@@ -107,10 +111,19 @@ def uninstall() -> None:
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """``install()`` for the length of a ``with`` block; what was there before is there again afterwards."""
-    before = _installed is not None
-    install()
+    """``install()`` for the length of a ``with`` block; what was there before is there again afterwards.
+
+    Blocks may overlap, in threads too: the last one to end puts back what was there before the first one began.
+    """
+    global _blocks, _before
+    with _lock:
+        if not _blocks:
+            _before = _installed is not None
+        _blocks += 1
+        install()
     try:
         yield
     finally:
-        install() if before else uninstall()
+        with _lock:
+            _blocks -= 1
+            install() if _blocks or _before else uninstall()

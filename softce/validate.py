@@ -55,9 +55,14 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _warned: set[tuple[object, ...]] = set()
 
 
+def jit_traced() -> bool:
+    """Whether ``torch.jit.trace`` is recording the call."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def traced() -> bool:
     """Whether ``torch.compile`` or ``torch.jit.trace`` is recording the call."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
+    return torch.compiler.is_compiling() or jit_traced()
 
 
 def may_look(x: Tensor) -> bool:

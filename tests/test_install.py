@@ -82,6 +82,17 @@ def test_installed_nests_and_undoes() -> None:
     assert not ran(F.cross_entropy, X, Y)
 
 
+def test_overlapping_blocks() -> None:
+    """As two threads have them, which do not end in the order of a stack."""
+    first, second = softce.installed(), softce.installed()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert ran(F.cross_entropy, X, Y)
+    second.__exit__(None, None, None)
+    assert not ran(F.cross_entropy, X, Y)
+
+
 def test_installing_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
     with softce.installed():
         F.cross_entropy(X, Y)

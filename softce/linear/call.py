@@ -210,7 +210,7 @@ def loss_of(
     one_go = (
         not by_formula
         and reduction != "none"
-        and not torch.jit.is_tracing()  # torch.jit.trace takes no list of bools in its graph
+        and not validate.jit_traced()  # torch.jit.trace takes no list of bools in its graph
         and any(needs[:3])
         and not any(needs[3:])
         and not any(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (weights, offset))
