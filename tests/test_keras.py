@@ -58,6 +58,16 @@ def test_categorical_equals_keras(name: str, smoothing: float, from_logits: bool
         _compare(ours, own, y_true, y_pred, sample_weight=torch.rand(N))
 
 
+@pytest.mark.parametrize("name", ["CategoricalCrossentropy", "CategoricalFocalCrossentropy", "BinaryCrossentropy"])
+def test_python_lists(name: str) -> None:
+    y_true, y_pred = [[1, 0, 0], [0, 0.5, 0.5]], [[0.7, 0.2, 0.1], [0.2, 0.2, 0.6]]
+    expected = getattr(keras.losses, name)()(y_true, y_pred)
+    torch.testing.assert_close(getattr(losses, name)()(y_true, y_pred), expected)
+    sparse = losses.SparseCategoricalCrossentropy()  # Keras' own takes no lists of different depths
+    expected = keras.losses.SparseCategoricalCrossentropy()(np.array([0, 2]), np.array(y_pred))
+    torch.testing.assert_close(sparse([0, 2], y_pred), expected)
+
+
 @pytest.mark.parametrize("axis", [1, -1])
 def test_categorical_axis_and_clipping(axis: int) -> None:
     y_pred = torch.zeros(3, 4, 4)

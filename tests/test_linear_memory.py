@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -135,6 +137,14 @@ def test_plan_with_a_budget_takes_tiles() -> None:
     assert plan.peak_bytes <= 16 << 20
 
 
+def test_plan_in_the_docs_is_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "linear.md").read_text()
+    (block,) = re.findall(r"```python\n(>>> .*?)```", text, re.DOTALL)
+    lines = [(line[:4] in (">>> ", "... "), line) for line in block.splitlines()]
+    exec("\n".join(line[4:] for code, line in lines if code), {"torch": torch, "softce": softce})
+    assert capsys.readouterr().out.split() == " ".join(line for code, line in lines if not code).split()
+
+
 def test_plan_of_half_precision_counts_the_accumulators() -> None:
     x, w = meta(1024, 512, dtype=torch.bfloat16), meta(32768, 512, dtype=torch.bfloat16)
     plan = softce.plan(x, w)
@@ -234,6 +244,9 @@ def test_errors_come_before_any_product() -> None:
         (ValueError, "row_weight must have shape", (x, planes, pair), {"row_weight": one}),
         (ValueError, "temperature", (x, planes, pair), {"temperature": -1.0}),
         (ValueError, "smoothing must be", (x, planes, pair), {"smoothing": "x"}),
+        (IndexError, "value 600 in row 0", (x, planes, softce.Mixup(pair, pair * 0 + 600, 0.5)), {}),
+        (ValueError, "one factor for each of 500", (x, planes, pair), {"row_loss": softce.Focal(alpha=one[:3])}),
+        (RuntimeError, "'triton' cannot run", (x, planes, pair), {"options": Options(backend="triton")}),
     ]
     with (
         mock.patch("torch.mm", side_effect=AssertionError("computed")),

@@ -37,8 +37,14 @@ if keras.backend.backend() != "torch":
 _register = keras.saving.register_keras_serializable(package="softce")
 
 
-def _same_rank(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
+def _tensors(y_true: Any, y_pred: Any) -> tuple[Tensor, Tensor]:
+    """What Keras leaves nested: of Python lists it makes a tensor for each number."""
+    return keras.ops.convert_to_tensor(y_true), keras.ops.convert_to_tensor(y_pred)
+
+
+def _same_rank(y_true: Any, y_pred: Any) -> tuple[Tensor, Tensor]:
     """A last dimension of 1 that only one of the two has is added to, or taken from, the other, as Keras does."""
+    y_true, y_pred = _tensors(y_true, y_pred)
     if y_true.dim() == y_pred.dim() + 1 and y_true.shape[-1] == 1:
         return (y_true, y_pred.unsqueeze(-1)) if y_pred.dim() == 1 else (y_true.squeeze(-1), y_pred)
     if y_pred.dim() == y_true.dim() + 1 and y_pred.shape[-1] == 1:
@@ -184,6 +190,7 @@ class SparseCategoricalCrossentropy(_CrossEntropy):
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """The loss of each row."""
+        y_true, y_pred = _tensors(y_true, y_pred)
         logits = _second(y_pred, self.axis)
         if y_true.dim() == y_pred.dim() and y_true.shape[self.axis] == 1:
             y_true = y_true.squeeze(self.axis)

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from .. import validate
 from ..arguments import check_reduction, check_tensor
-from ..compute import Request
+from ..compute import Request, split_row_loss
+from ..dispatch import use_kernel
 from ..functional import cross_entropy
-from ..ops import DENSE_PROBS
+from ..layout import Layout
+from ..ops import DENSE_PROBS, acc_dtype
 from ..options import DEFAULT, Options
 from ..row_losses import RowLoss
 from ..settings import Stats, check_extras, check_row_weight, check_types, check_weight, make_spec
-from ..targets import ClassIndices, ClassProbabilities, Target, Teacher, as_target
+from ..target_rows import check_class_factor
+from ..targets import ClassProbabilities, Target, Teacher, as_target
 from .call import LinearMap, Rows, autocast, loss_of
 from .chunks import Plan, check_budget, plan_of, work_dtype
 from .inputs import check_index
@@ -219,13 +222,21 @@ def _unfused(
     like = input.detach().new_empty(()).expand(input.shape[0], *weight.shape[:-1])
     form = as_target(like, target)
     form.check(like, ask.ignore_index)
-    if isinstance(form, ClassIndices) and validate.may_look(form.index):
-        check_index(form.index.reshape(-1, 1), ask.ignore_index, weight.shape[0])
+    if not isinstance(form, (ClassProbabilities, Teacher)):
+        layout = Layout("rows", weight.shape[0], (input.shape[0], *weight.shape[1:-1]))
+        index = form.kernel_form(layout, acc_dtype(input.dtype), input.dtype, ask.ignore_index).target.index
+        if index is not None and validate.may_look(index):
+            check_index(index, ask.ignore_index, weight.shape[0])
     if class_weight is not None:
         check_weight(class_weight, like, form)
     if ask.row_weight is not None:
         check_row_weight(ask.row_weight, input.device, (input.shape[0], *weight.shape[1:-1]))
     make_spec(weight.shape[0], *ask[2:7], None, DENSE_PROBS, 1.0, 1.0, ask.empty)
+    class_factor = split_row_loss(ask.row_loss)[0]
+    if class_factor is not None:
+        check_class_factor(class_factor, weight.shape[0], input.device)
+    if ask.options.backend != "auto":
+        use_kernel(like, ask.options)
     flat_bias = None if bias is None else bias.reshape(-1)
     logits = F.linear(input, weight.reshape(-1, weight.shape[-1]), flat_bias)
     logits = logits.reshape(input.shape[0], *weight.shape[:-1])
