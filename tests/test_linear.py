@@ -195,3 +195,27 @@ def test_logprobs_shapes(cpu_kernels: None) -> None:
     torch.testing.assert_close(shifted.log_prob, softce.linear_logprobs(x[:, :-1], w, index[:, 1:]).log_prob)
     with pytest.raises(RuntimeError, match=r"index of dtype torch\.int64"):
         softce.linear_logprobs(x, w, index.float())
+
+
+@by_chunk
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, D])
+@pytest.mark.parametrize("student", [torch.float32, torch.bfloat16, D])
+def test_linear_teacher_of_another_dtype(
+    student: torch.dtype, dtype: torch.dtype, frozen: bool, chunk: tuple[int, int] | None
+) -> None:
+    maps = leaves(student)
+    x, w, b = maps
+    teacher = [(torch.randn(s) / 2).to(dtype).requires_grad_(not frozen) for s in ((N, 4), (V, 4), (V,))]
+    wanted = [t for t in (*maps, *teacher) if t is not None and t.requires_grad]
+    with chunked(chunk):
+        loss = softce.linear_cross_entropy(x, w, softce.LinearTeacher(*teacher, 2.0), linear_bias=b)
+    assert isinstance(loss, torch.Tensor) and loss.dtype == torch.promote_types(student, dtype)
+    x, w, b, hidden, weight, bias = (t.double() for t in (*maps, *teacher) if t is not None)
+    want = F.cross_entropy(F.linear(x, w, b), torch.softmax(F.linear(hidden, weight, bias) / 2.0, -1))
+    close(loss, want, loss.dtype if torch.bfloat16 in (student, dtype) else torch.float32, "loss")
+    for leaf, got, true in zip(
+        wanted, torch.autograd.grad(loss, wanted), torch.autograd.grad(want, wanted), strict=True
+    ):
+        assert got.dtype == leaf.dtype
+        assert (got - true).norm() <= (5e-3 if leaf.dtype == torch.bfloat16 else 1e-5) * true.norm() + 1e-7

@@ -52,11 +52,12 @@ class Loop:
         self.buffer = t.input.new_empty((size,), dtype=self.dtype)
         self.dense = t.input.new_empty((size,), dtype=self.dtype) if self.copies else None
         tile = weight_tile(hidden, work.budget)
-        self.student = Map(t.input, t.linear_weight, t.linear_bias, t.rows, needs[:3], tile)
+        self.student = Map(t.input, t.linear_weight, t.linear_bias, t.rows, needs[:3], tile, self.dtype)
         self.teacher: Map | None = None
         if t.teacher_input is not None:
             assert t.teacher_weight is not None
-            self.teacher = Map(t.teacher_input, t.teacher_weight, t.teacher_bias, t.target_rows, needs[8:11], tile)
+            teacher = (t.teacher_input, t.teacher_weight, t.teacher_bias)
+            self.teacher = Map(*teacher, t.target_rows, needs[8:11], tile, self.dtype)
         # Of all rows; only where a teacher's logits come in tiles, whose softmax would be over the tile.
         teacher_tiles = self.tiled and work.spec.dense_kind == DENSE_LOGITS
         self.teacher_lse = t.input.new_empty((t.row_count,), dtype=self.acc) if teacher_tiles else None

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..ops import acc_dtype
-from .chunks import work_dtype
 
 
 class Map:
@@ -23,17 +22,17 @@ class Map:
         rows: Tensor | None,
         needs: tuple[bool, ...],
         tile: int,
+        work: torch.dtype,
     ) -> None:
         self.input, self.weight, self.rows = input, weight, rows
-        self.work = work_dtype(input.dtype, input.device.type)
-        self.acc = acc_dtype(input.dtype)
+        self.work = work  # of a teacher the student's: their logits go through buffers of one dtype
         self.bias = None if bias is None else bias.to(self.work)
         # Rows of the weight that are widened at a time; None: none need to be.
         self.tile = None if weight.dtype == self.work else tile
         size = min(tile, weight.shape[0]) * weight.shape[1]
         self.widened = input.new_empty((size,), dtype=self.work) if self.tile else None
         hidden = input.shape[1]
-        grads = self.acc if self.work == self.acc else torch.float32
+        grads = acc_dtype(work)
         self.dinput = input.new_zeros(input.shape, dtype=grads) if needs[0] else None
         self.dweight = weight.new_empty(weight.shape, dtype=grads) if needs[1] else None
         self.dbias = weight.new_zeros(weight.shape[:1], dtype=grads) if needs[2] else None
