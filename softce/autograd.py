@@ -119,17 +119,39 @@ def _stats_vjp(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the statistics for the logits and the five target tensors."""
     differentiable_again = torch.is_grad_enabled() or transform_active()
-    by_formula = differentiable_again or any(needs[1:]) or (extras and not plain_target(call))
-    if by_formula:
+    if differentiable_again or any(needs[1:]):
         return reference_vjp(logits, call, grad, needs, extras)
+    of_logp = None
+    if extras and not plain_target(call):
+        of_logp = _logp_vjp(logits, call, grad[TARGET_LOGP])
+        grad = torch.cat((grad[:TARGET_LOGP], torch.zeros_like(grad[:1]), grad[TARGET_LOGP + 1 :]))
     coef = row_coefficients(stats, grad, call.spec)
     arguments = (logits, stats[LSE], coef, *call.target, call.ignore_index, call.spec)
     if inplace:
         ops.row_grad_(*arguments)
         torch.autograd.graph.increment_version(logits)
         _forbid_reuse(logits)
-        return (logits.detach(), *(None,) * 5)
-    return (ops.row_grad(*arguments), *(None,) * 5)
+        found = logits.detach()
+    else:
+        found = ops.row_grad(*arguments)
+    if of_logp is not None:
+        found.add_(of_logp)
+    return (found, *(None,) * 5)
+
+
+def _logp_vjp(logits: Tensor, call: Call, grad: Tensor) -> Tensor:
+    """The gradient of the target's log-probability where it is not the loss's: smoothing and weights are not in it.
+
+    Without them it is the loss itself, with the other sign. Where nothing comes back to it this is 0 exactly.
+    """
+    target = call.target._replace(weight=None)
+    spec = call.spec._replace(mix_a=1.0, mix_b=0.0, z_loss=0.0)
+    stats = ops.row_stats(logits, *target, call.ignore_index, spec, False)
+    upstream = torch.zeros_like(stats)
+    upstream[LOSS] = -grad
+    coef = row_coefficients(stats, upstream, spec)
+    found: Tensor = ops.row_grad(logits, stats[LSE], coef, *target, call.ignore_index, spec)
+    return found
 
 
 def _save(ctx: Any, logits: Tensor, call: Call, *more: Tensor | None) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from autograd_inputs import TARGET_FORMS, D, T, W, X, Y, assert_right_or_refused, by_reduction, logits_of
+from cases import Case
 from checks import assert_rounded_once, kernel_calls, run
 from oracle import evaluate
 from torch import Tensor
@@ -265,3 +266,27 @@ def test_deepcopy_and_pickle_of_a_module() -> None:
     buffer = io.BytesIO()
     torch.save(module.state_dict(), buffer)
     assert list(itertools.chain(module.state_dict())) == ["weight"]
+
+
+@pytest.mark.parametrize("target", ["indices", "probs", "topk_uniform", "mixup_rows", "teacher_t"])
+def test_statistics_beside_smoothing_and_weights_need_no_formula(target: str, cpu_kernels: None) -> None:
+    """The target's log-probability, in which these are not, has a gradient of its own: no one-hot rows are made."""
+    x, t, _ = Case((5, 7), target).make("cpu", D)
+    x.requires_grad_()
+    kwargs: dict[str, Any] = {
+        "weight": torch.rand(7, dtype=D),
+        "label_smoothing": 0.2,
+        "z_loss": 0.1,
+        "reduction": "none",
+    }
+    loss, stats = softce.cross_entropy(x, t, return_stats=True, **kwargs)
+    outputs = (loss, *stats[:3])
+    upstream = [torch.rand_like(out) for out in outputs]
+    (want,) = torch.autograd.grad(outputs, x, upstream, create_graph=True)
+    with kernel_calls() as calls:
+        (got,) = torch.autograd.grad(outputs, x, upstream, retain_graph=True)
+        (of_loss,) = torch.autograd.grad(loss, x, upstream[:1])
+    torch.testing.assert_close(got, want.detach())
+    assert calls == {"row_stats": 2, "row_grad": 4}
+    (plain,) = torch.autograd.grad(softce.cross_entropy(x, t, **kwargs), x, upstream[:1])
+    torch.testing.assert_close(of_loss, plain)
