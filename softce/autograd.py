@@ -124,7 +124,7 @@ def _stats_vjp(
     of_logp = None
     if extras and not plain_target(call):
         of_logp = _logp_vjp(logits, call, grad[TARGET_LOGP])
-        grad = torch.cat((grad[:TARGET_LOGP], torch.zeros_like(grad[:1]), grad[TARGET_LOGP + 1 :]))
+        grad = without_logp(grad)
     coef = row_coefficients(stats, grad, call.spec)
     arguments = (logits, stats[LSE], coef, *call.target, call.ignore_index, call.spec)
     if inplace:
@@ -139,18 +139,32 @@ def _stats_vjp(
     return (found, *(None,) * 5)
 
 
-def _logp_vjp(logits: Tensor, call: Call, grad: Tensor) -> Tensor:
-    """The gradient of the target's log-probability where it is not the loss's: smoothing and weights are not in it.
-
-    Without them it is the loss itself, with the other sign. Where nothing comes back to it this is 0 exactly.
-    """
-    target = call.target._replace(weight=None)
+def logp_call(call: Call) -> Call:
+    """The call whose row loss is the target's log-probability with the other sign: no smoothing, weights or z-loss."""
     spec = call.spec._replace(mix_a=1.0, mix_b=0.0, z_loss=0.0)
-    stats = ops.row_stats(logits, *target, call.ignore_index, spec, False)
+    return call._replace(target=call.target._replace(weight=None), spec=spec)
+
+
+def logp_coefficients(stats: Tensor, grad: Tensor, spec: Spec) -> Tensor:
+    """``row_grad``'s coefficients for the gradient ``grad`` of the log-probability; ``stats``: of :func:`logp_call`.
+
+    Where nothing comes back to it, what they make is 0 exactly.
+    """
     upstream = torch.zeros_like(stats)
     upstream[LOSS] = -grad
-    coef = row_coefficients(stats, upstream, spec)
-    found: Tensor = ops.row_grad(logits, stats[LSE], coef, *target, call.ignore_index, spec)
+    return row_coefficients(stats, upstream, spec)
+
+
+def without_logp(grad: Tensor) -> Tensor:
+    """The gradient ``grad`` of the statistics, with nothing for the log-probability."""
+    return torch.cat((grad[:TARGET_LOGP], torch.zeros_like(grad[:1]), grad[TARGET_LOGP + 1 :]))
+
+
+def _logp_vjp(logits: Tensor, call: Call, grad: Tensor) -> Tensor:
+    plain = logp_call(call)
+    stats = ops.row_stats(logits, *plain.target, plain.ignore_index, plain.spec, False)
+    coef = logp_coefficients(stats, grad, plain.spec)
+    found: Tensor = ops.row_grad(logits, stats[LSE], coef, *plain.target, plain.ignore_index, plain.spec)
     return found
 
 

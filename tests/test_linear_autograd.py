@@ -66,6 +66,35 @@ def test_gradients_of_targets_and_weights(chunk: tuple[int, int] | None, cpu_ker
             assert gradcheck(function, inputs)
 
 
+@by_chunk
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_statistics_beside_smoothing_and_weights_need_no_formula(
+    reduction: str, kernel: bool, chunk: tuple[int, int] | None, cpu_kernels: None
+) -> None:
+    x, w, b = leaves(D)
+    kwargs: dict[str, Any] = {
+        "weight": torch.rand(V, dtype=D),
+        "label_smoothing": 0.2,
+        "z_loss": 0.1,
+        "temperature": 2.0,
+    }
+    kwargs.update(linear_bias=b, reduction=reduction, return_stats=True)
+    for target in (Y, torch.rand(N, V, dtype=D), softce.LinearTeacher(torch.randn(N, 4, dtype=D), w.detach()[:, :4])):
+        with (
+            chunked(chunk),
+            mock.patch("softce.linear.call.use_kernel", lambda *_: kernel),
+            mock.patch("softce.linear.loop.reference_vjp", side_effect=AssertionError("the formula")),
+        ):
+            loss, stats = linear_ce(x, w, target, **kwargs)
+            outputs = (loss, *stats[:3])
+            upstream = [torch.rand_like(out) for out in outputs]
+            got = torch.autograd.grad(outputs, (x, w, b), upstream)
+        loss, stats = linear_ce(x, w, target, options=Options(backend="reference"), **kwargs)
+        want = torch.autograd.grad((loss, *stats[:3]), (x, w, b), upstream)
+        torch.testing.assert_close(got, want)
+
+
 # ---- more than one backward ----
 
 

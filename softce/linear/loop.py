@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..autograd import Call, plain_target, reference_vjp, row_coefficients
-from ..ops import DENSE_LOGITS, DENSE_PROBS, LOSS, LSE, Spec, acc_dtype
+from ..autograd import Call, plain_target, reference_vjp, row_coefficients, without_logp
+from ..ops import DENSE_LOGITS, DENSE_PROBS, LOSS, LSE, TARGET_LOGP, Spec, acc_dtype
 from ..reduction import per_mean, reduce_stats
 from ..row_losses import phi_of
 from ..target_rows import counts
@@ -192,28 +192,32 @@ def gradients(
     found, grad = kept.select(found), kept.select(grad.to(found.dtype))  # type: ignore[assignment]
     call = Call(tensors.sparse, work.ignore_index, work.spec)
     extras = found.shape[0] > ops.STATS
-    by_formula = any(needs[3:]) or (extras and not plain_target(call))
-    loop = Loop(kept.tensors, work, needs, tiles=not by_formula)
+    by_formula = any(needs[3:])
+    logp_apart = extras and not plain_target(call)
+    loop = Loop(kept.tensors, work, needs, tiles=not (by_formula or logp_apart))
     if by_formula:
         return _formula_gradients(loop, kept, tensors, grad, needs, extras)
-    coef = row_coefficients(found, grad, work.spec)
-    _add_gradients(loop, found[LSE], coef)
+    of_logp = grad[TARGET_LOGP] if logp_apart else None
+    coef = row_coefficients(found, without_logp(grad) if logp_apart else grad, work.spec)
+    _add_gradients(loop, found[LSE], coef, of_logp)
     return loop.gradients()
 
 
-def _add_gradients(loop: Loop, lse: Tensor, coef: Tensor) -> None:
+def _add_gradients(loop: Loop, lse: Tensor, coef: Tensor, of_logp: Tensor | None = None) -> None:
+    """``of_logp``: the gradient of the target's log-probability where it is not in ``coef``; for whole rows only."""
     for a, b in loop.rows():
         row_lse, row_coef = lse[a:b].contiguous(), coef[:, a:b].contiguous()
         for lo, hi in loop.tiles():
-            logits = loop.logits(lo, hi)
-            row_ops.row_grad_(logits, row_lse, row_coef, loop.call(lo, hi), loop.work.kernel)
-            loop.student.add(lo, hi, logits)
+            logits, call = loop.logits(lo, hi), loop.call(lo, hi)
+            more = None if of_logp is None else row_ops.logp_grad(logits, call, of_logp[a:b], loop.work.kernel)
+            row_ops.row_grad_(logits, row_lse, row_coef, call, loop.work.kernel)
+            loop.student.add(lo, hi, logits if more is None else logits.add_(more))
 
 
 def _formula_gradients(
     loop: Loop, kept: Kept, tensors: Tensors, grad: Tensor, needs: tuple[bool, ...], extras: bool
 ) -> tuple[Tensor | None, ...]:
-    """Gradients that no kernel gives: those of targets, and of a log-probability beside smoothing or weights."""
+    """Gradients that no kernel gives: those of targets."""
     t, classes = loop.tensors, loop.tensors.classes
     dense_wanted = needs[6] or any(needs[8:11])
     wanted = (any(needs[:3]), False, needs[4], needs[5], dense_wanted, needs[7])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
-from ..autograd import Call, plain_target
+from ..autograd import Call, logp_call, logp_coefficients, plain_target
 from ..ops import (
     ENTROPY,
     LOSS,
@@ -67,6 +67,15 @@ def row_grad_(logits: Tensor, lse: Tensor, coef: Tensor, call: Call, kernel: boo
     for a, b in _steps(logits):
         part = call._replace(target=rows_of(call.target, a, b))
         logits[a:b].copy_(_plain_grad(logits[a:b], lse[a:b], coef[:, a:b], part))
+
+
+def logp_grad(logits: Tensor, call: Call, grad: Tensor, kernel: bool) -> Tensor:
+    """The gradient of the target's log-probability for the logits, where smoothing and weights set it apart."""
+    plain = logp_call(call)
+    stats = row_stats(logits, plain, False, kernel)
+    found = logits.clone()
+    row_grad_(found, stats[LSE], logp_coefficients(stats, grad, plain.spec), plain, kernel)
+    return found
 
 
 def _steps(logits: Tensor) -> list[tuple[int, int]]:
