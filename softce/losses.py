@@ -214,7 +214,7 @@ class LabelSmoothingCrossEntropy(nn.Module):
     """Cross-entropy with class indices and label smoothing, averaged over rows: timm's loss of that name.
 
     Args:
-        smoothing: in [0, 1).
+        smoothing: in [0, 1].
 
     Shapes: ``x`` logits ``(N, C)``, ``target`` class indices ``(N,)``.
     """
