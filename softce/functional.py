@@ -102,10 +102,10 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     reduction = check_reduction(reduction)
-    plain = weight is None and row_weight is None and loss_dtype is None and options is None
+    plain = weight is None and row_weight is None and loss_dtype is None
     if plain and not (from_probs or return_stats):
         settings = (smoothing, temperature, softcap or 0.0, z_loss)
-        quick = quick_loss(input, target, ignore_index, reduction, label_smoothing, settings, empty, row_loss)
+        quick = quick_loss(input, target, ignore_index, reduction, label_smoothing, settings, empty, row_loss, options)
         if quick is not None:
             return quick
     check_input("cross_entropy", input)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The short way of the plainest training call: float32 logits ``(N, C)`` on the CPU, class indices, mean or sum.
 
-Row losses that the kernels know cost it nothing.
+Row losses that the kernels know, and the gradient in place, cost it nothing.
 
 At a few rows of a few classes the arithmetic is nothing and every Python object on the way is felt. This way makes
 none of those that the general one needs. It only decides whether it can take a call; what it cannot take, errors
@@ -16,6 +16,7 @@ from torch import Tensor
 from .autograd import Call, fused_loss, reraise
 from .dispatch import PLAIN, cpu_kernels
 from .ops import KernelTarget
+from .options import DEFAULT, Options
 from .row_losses import RowLoss
 from .settings import cached_spec
 from .validate import check_logits, may_be_probabilities
@@ -30,10 +31,11 @@ def quick_loss(
     settings: tuple[str, float, float, float],
     empty: str,
     row_loss: object,
+    options: Options | None,
 ) -> Tensor | None:
     """The loss, or ``None`` where the call is not of the plainest kind.
 
-    ``row_loss``: whatever the caller gave. ``settings``: smoothing, temperature, softcap and z_loss as
+    ``row_loss`` and ``options``: whatever the caller gave. ``settings``: smoothing, temperature, softcap and z_loss as
     :func:`softce.cross_entropy` takes them.
     """
     if (
@@ -55,12 +57,16 @@ def quick_loss(
         or not (row_loss is None or (isinstance(row_loss, RowLoss) and row_loss.class_factor is None))
     ):
         return None
+    if options is None:
+        options = DEFAULT
+    elif type(options) is not Options or options.backend != "auto":
+        return None
     rows, classes = input.shape
     if target.shape != (rows,) or classes == 0 or input.stride(1) != 1 or target.stride(0) != 1:
         return None
     if not cpu_kernels():
         return None
-    if may_be_probabilities(input):
+    if options.validate and may_be_probabilities(input):
         check_logits(input)
     try:
         spec = cached_spec(classes, label_smoothing, *settings, row_loss, 0, 1.0, 1.0, empty)
@@ -68,7 +74,7 @@ def quick_loss(
         return None
     call = Call(KernelTarget(target), ignore_index, spec)
     try:
-        return fused_loss(input, call, None, reduction == "mean", False, False)[0]
+        return fused_loss(input, call, None, reduction == "mean", False, options.inplace)[0]
     except RuntimeError as error:
         reraise(error)
         raise
