@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,13 +88,13 @@ def check(inputs: Inputs, entries: Sequence[Entry]) -> tuple[dict[str, accuracy.
 
 
 def thread_scaling(
-    case: Case, name: str, counts: Sequence[int], *, seconds: float, progress: Progress = ignore
+    case: Case, names: Sequence[str], counts: Sequence[int], *, seconds: float, progress: Progress = ignore
 ) -> Record:
-    """One contestant at several thread counts, interleaved: entries ``NAME@1``, ``NAME@2``, .."""
+    """Contestants at several thread counts, interleaved: entries ``NAME@1``, ``NAME@2``, .."""
     inputs = make_inputs(case)
     found: list[Entry] = []
     skipped: dict[str, str] = {}
-    for count in counts:
+    for name, count in itertools.product(names, counts):
         entries, why = adapters.entries([name], inputs)
         skipped.update({f"{name}@{count}": reason for reason in why.values()})
         found += [_on_threads(entry, count) for entry in entries]

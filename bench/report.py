@@ -136,16 +136,19 @@ def absolute_block(records: Sequence[Record]) -> str:
 
 def threads_block(records: Sequence[Record]) -> str:
     names = _contestants(records)
-    one = names[0]
+    first: dict[str, str] = {}  # of each contestant, at the fewest threads
+    for name in names:
+        first.setdefault(name.partition("@")[0], name)
+    gains = [(first[name.partition("@")[0]], name) for name in names if name not in first.values()]
     rows = [
         [
             record["case"]["id"],
             *(seconds(result(record, name, "median_s")) for name in names),
-            *(times(record, one, name) for name in names[1:]),
+            *(times(record, one, several) for one, several in gains),
         ]
         for record in records
     ]
-    return table(["case", *names, *(f"{one} / {name}" for name in names[1:])], rows)
+    return table(["case", *names, *(f"{one} / {several}" for one, several in gains)], rows)
 
 
 def memory_block(records: Sequence[Record]) -> str:

@@ -75,7 +75,7 @@ def no_page_faults(settings: Settings) -> Iterator[Job]:
 
 
 def threads(settings: Settings) -> Iterator[Job]:
-    """softce at one and at several threads, interleaved, on every large shape."""
+    """softce and the memcpy at one and at several threads, interleaved, on every large shape."""
     if len(settings.scaling) < 2:
         return
     wanted = {"soft+smoothed", "hard"}
@@ -83,7 +83,8 @@ def threads(settings: Settings) -> Iterator[Job]:
         if case.kind not in wanted or (case.elements <= THREADS_FROM and not settings.quick):
             continue
 
-        scaling = functools.partial(measure.thread_scaling, case, "softce", settings.scaling, seconds=settings.seconds)
+        names = ("softce", "memcpy")
+        scaling = functools.partial(measure.thread_scaling, case, names, settings.scaling, seconds=settings.seconds)
         yield Job("threads", case, scaling)
 
 
