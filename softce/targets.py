@@ -268,7 +268,8 @@ class TopK(Target):
             first = first_occurrence(index)
             first = first if padding is None else first & ~padding
             others = layout.classes - first.sum(1)
-            rest = torch.where(others > 0, left / others.clamp_min(1), 0.0).to(acc)
+            # A sum above 1 leaves nothing to spread, rather than a negative share.
+            rest = torch.where(others > 0, left.clamp_min(0) / others.clamp_min(1), 0.0).to(acc)
             prob = prob - rest[:, None] * first
         target = KernelTarget(index=index.contiguous(), value=prob.contiguous(), rest=rest)
         return Form(target, ignore_index=ignore_index)

@@ -209,6 +209,16 @@ def test_gradcheck_for_the_targets(options: softce.Options) -> None:
     assert torch.autograd.gradcheck(lambda _, w: ce(softce.Mixup(a, b, w)), (x, lam))
 
 
+def test_top_k_sums_slightly_above_one_leave_no_negative_share() -> None:
+    x = _logits((4, 6)).requires_grad_()
+    index, prob = torch.tensor([[0, 1], [2, 3], [4, 5], [1, 0]]), torch.full((4, 2), 0.52, dtype=x.dtype)
+    spread, bare = (
+        torch.autograd.grad(softce.cross_entropy(x, softce.TopK(index, prob, rest)), x)[0]
+        for rest in ("uniform", "zero")
+    )
+    assert torch.equal(spread, bare)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_compile_without_a_break(form: str) -> None:
     target = FORMS[form]((4, 6))
