@@ -66,7 +66,7 @@ struct FloatIO {  // float32 and float64 as they are
   static SOFTCE_INLINE void write_stream(Elem* p, const V* v) { stream(p, v[0]); }
   static Elem from(A x) { return x; }
   static A to(Elem x) { return x; }
-  static constexpr int slot(int i) { return i; }  // where element i of a unit lies in the unit's vectors
+  static constexpr int kPairs = 1;  // even elements of a unit that stand before the odd ones
 };
 using F32 = FloatIO<float>;
 using F64 = FloatIO<double>;
@@ -85,7 +85,7 @@ struct HalfIO {  // 16-bit elements in their order
   static SOFTCE_INLINE void write_stream(Elem* p, const V* v) { stream(p, narrow(v[0])); }
   static Elem from(float x) { return narrow(splat(x))[0]; }
   static float to(Elem x) { return kWiden(HalfV{} | x)[0]; }
-  static constexpr int slot(int i) { return i; }
+  static constexpr int kPairs = 1;
 };
 using F16 = HalfIO<narrow_f16, widen_f16, 5>;
 using BF16 = HalfIO<narrow_bf16, widen_bf16, 4>;
@@ -113,7 +113,7 @@ struct BF16Pairs {
   static SOFTCE_INLINE void write_stream(Elem* p, const V* v) { stream(p, pack<false>(v)); }
   static Elem from(float x) { return BF16::from(x); }
   static float to(Elem x) { return BF16::to(x); }
-  static constexpr int slot(int i) { return (i & 1) * kLanes<float> + (i >> 1); }
+  static constexpr int kPairs = kLanes<float>;
 };
 
 // The first n elements of a unit, `fill` behind them.

@@ -172,8 +172,10 @@ struct Context {
     }
   }
   double weight_of(int64_t c) const { return weight ? weight[c] : 1.0; }
-  double y_of(const char* row, int64_t c) const {
-    double x = element(row, problem.logits.dtype, c * problem.logits.class_stride);
+  double logit(const char* row, int64_t c) const {
+    return element(row, problem.logits.dtype, c * problem.logits.class_stride);
+  }
+  double y_of(double x) const {
     if (spec.softcap != 0) x = spec.softcap * __builtin_tanh(x / spec.softcap);
     return x * scale;
   }
@@ -221,12 +223,9 @@ inline bool zero_coefficients(const Context<A>& ctx, int64_t r) {
 // cancels, and a certain prediction has a loss of 0 rather than one of either sign.
 constexpr double kGoodPart = 0.25;
 
-// y of an entry without the shift; log_e: the log of the row's sum.
 template <class A>
-inline double entry_y(const Context<A>& ctx, const char* x, int64_t c, const Ref& ref, double log_e) {
-  const double y = ctx.y_of(x, c) - ref.shift;
-  if (ctx.spec.softcap != 0 || !(y > log_e + -1.3862943611198906)) return y;  // log(kGoodPart)
-  const auto value = splat(A(element(x, ctx.problem.logits.dtype, c * ctx.problem.logits.class_stride)));
+__attribute__((noinline)) double y_by_part(const Context<A>& ctx, double x, const Ref& ref) {
+  const auto value = splat(A(x));
   const Exp<A, 5> fine(ctx.scale, ref);
   double e = fine.exp(fine.affine(value))[0];
   if (ctx.coarse_exp) {
@@ -234,6 +233,14 @@ inline double entry_y(const Context<A>& ctx, const char* x, int64_t c, const Ref
     e = coarse.exp(coarse.affine(value))[0];
   }
   return __builtin_log(e) + ref.power * kLn2;
+}
+
+// y of an entry, the logit x, without the shift; log_e: the log of the row's sum.
+template <class A>
+SOFTCE_INLINE double entry_y(const Context<A>& ctx, double x, const Ref& ref, double log_e) {
+  const double y = ctx.y_of(x) - ref.shift;
+  const bool good_part = y > log_e + -1.3862943611198906 && ctx.spec.softcap == 0;  // log(kGoodPart)
+  return good_part ? y_by_part(ctx, x, ref) : y;
 }
 
 // sum_c w_c (a t_c + b) y_c, class by class, y without the shift and w_c = 1 where not weighted. Taken apart, as the
@@ -255,7 +262,7 @@ __attribute__((noinline, cold)) double dot_by_class(const Context<A>& ctx, int64
     ctx.entries(r, [&](int64_t at, double value) { t += at == c ? value : 0; });
     if (!ctx.sparse) t = ctx.teacher ? teacher(c) / sum : given(c);
     const double q = (weighted ? ctx.weight_of(c) : 1.0) * (a * t + b);
-    if (q != 0) dot += q * (ctx.y_of(x, c) - shift);
+    if (q != 0) dot += q * (ctx.y_of(ctx.logit(x, c)) - shift);
   }
   return dot;
 }
@@ -289,12 +296,16 @@ inline Finished finish(const Context<A>& ctx, int64_t r, const char* x, const Su
   const double log_e = sums.e == 0 && ctx.classes > 0 ? __builtin_nan("") : refs.x.power * kLn2 + __builtin_log(sums.e);
   const double base = ctx.sparse ? ctx.base(r) : spec.mix_b;
   double mass = spread.mass, dot = spread.dot;
-  row.count = ctx.classes > 0 ? 1 : 0;  // numel / C rows: 0 / 0 of no classes
-  ctx.entries(r, [&](int64_t c, double t) {
-    const double q = spec.mix_a * t * ctx.weight_of(c);
-    mass += q;
-    if (q != 0) dot += q * entry_y(ctx, x, c, refs.x, log_e);
-    if (!ctx.target.value && ctx.target.entries == 1) row.count = ctx.weight_of(c);
+  row.count = ctx.classes > 0 ? 1 : 0;              // numel / C rows: 0 / 0 of no classes
+  with_io(ctx.problem.logits.dtype, [&](auto io) {  // told apart once, not for each of many entries
+    using X = decltype(io);
+    const auto* logits = reinterpret_cast<const typename X::Elem*>(x);
+    ctx.entries(r, [&](int64_t c, double t) {
+      const double q = spec.mix_a * t * ctx.weight_of(c);
+      mass += q;
+      if (q != 0) dot += q * entry_y(ctx, X::to(logits[c * ctx.problem.logits.class_stride]), refs.x, log_e);
+      if (!ctx.target.value && ctx.target.entries == 1) row.count = ctx.weight_of(c);
+    });
   });
   if (dot != dot && log_e == log_e) dot = dot_by_class(ctx, r, shift, spec.mix_a, base, true);
   row.lse = shift + log_e;
@@ -309,7 +320,7 @@ inline Finished finish(const Context<A>& ctx, int64_t r, const char* x, const Su
       t_sum = rest * sums.n, t_dot = times(rest, sums.plain_y);
       ctx.entries(r, [&](int64_t c, double t) {
         t_sum += t;
-        if (t != 0) t_dot += t * entry_y(ctx, x, c, refs.x, log_e);
+        if (t != 0) t_dot += t * entry_y(ctx, ctx.logit(x, c), refs.x, log_e);
       });
       if (t_dot != t_dot && log_e == log_e) t_dot = dot_by_class(ctx, r, shift, 1.0, rest, false);
     }

@@ -18,8 +18,12 @@ template <class A>
 struct Sweeps {
   Sums (*first)(const Context<A>&, const Piece<A>&, Refs&);  // may find out that the row is masked
   void (*second)(const Context<A>&, const Piece<A>&, const Refs&, const Factors&, int64_t row);
-  int64_t (*slot)(int64_t) = nullptr;  // where in scratch an element of a block is; null: the second sweep takes sparse
-                                       // entries itself
+  // A unit of scratch holds `pairs` even elements, then as many odd ones; 1: elements in their order. 0: the second
+  // sweep takes sparse entries itself.
+  int64_t pairs = 0;
+
+  // Where in scratch an element of a block is.
+  SOFTCE_INLINE int64_t slot(int64_t i) const { return (i & -2 * pairs) + (i & 1) * pairs + (i & (2 * pairs - 1)) / 2; }
 };
 
 // How a row is cut: a head, which may be empty, up to the first vector-aligned element of the output, then whole
@@ -103,19 +107,24 @@ struct Rows {
   // Takes the sparse entries off scratch, where the second sweep then finds them.
   void take_entries(int64_t r, const Cut& cut, A* e, const Factors& f, double* a) const {
     bool direct = false;
-    ctx.entries(
-        r, [&](int64_t c, double t) { direct |= out_of_range(a[cut.block_of(c)], f.entry * t * ctx.weight_of(c)); });
-    if (direct) {
-      for (int64_t k = 0; k < cut.blocks; ++k) {
-        A* block = e + cut.offset(k);
-        for (int64_t i = 0; i < (cut.size(k) + kPad - 1) / kPad * kPad; ++i) block[i] *= A(a[k]);
-        a[k] = 1;
-      }
-    }
     ctx.entries(r, [&](int64_t c, double t) {
       const int64_t k = cut.block_of(c);
-      e[cut.offset(k) + sweeps.slot(c - cut.begin(k))] -= A(f.entry * t * ctx.weight_of(c) / a[k]);
+      const double amount = f.entry * t * ctx.weight_of(c);
+      if (!direct && out_of_range(a[k], amount)) {
+        to_gradient(cut, e, a);
+        direct = true;
+      }
+      e[cut.offset(k) + sweeps.slot(c - cut.begin(k))] -= A(amount / a[k]);
     });
+  }
+
+  // What is in scratch, in units of the gradient from here on.
+  __attribute__((noinline, cold)) void to_gradient(const Cut& cut, A* e, double* a) const {
+    for (int64_t k = 0; k < cut.blocks; ++k) {
+      A* block = e + cut.offset(k);
+      for (int64_t i = 0; i < (cut.size(k) + kPad - 1) / kPad * kPad; ++i) block[i] *= A(a[k]);
+      a[k] = 1;
+    }
   }
 
   void zero(int64_t r) const {
@@ -157,7 +166,7 @@ struct Rows {
     *loss += mine;
     if (f.zero) return false;
     block_factors(cut, refs, last, f, a);
-    if (ctx.sparse && sweeps.slot) take_entries(r, cut, e, f, a);
+    if (ctx.sparse && sweeps.pairs) take_entries(r, cut, e, f, a);
     return true;
   }
 

@@ -193,9 +193,7 @@ struct Fast {
     }
   }
 
-  static int64_t slot(int64_t i) { return i / kUnit * kUnit + X::slot(int(i % kUnit)); }
-
-  static constexpr Sweeps<A> sweeps() { return {first, second, slot}; }
+  static constexpr Sweeps<A> sweeps() { return {first, second, X::kPairs}; }
 };
 
 // The sweeps for a call, by dtype and kind of target.
