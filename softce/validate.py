@@ -62,7 +62,7 @@ def jit_traced() -> bool:
 
 def traced() -> bool:
     """Whether ``torch.compile`` or ``torch.jit.trace`` is recording the call."""
-    return torch.compiler.is_compiling() or jit_traced()
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def may_look(x: Tensor) -> bool:
