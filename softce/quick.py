@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The short way of the plainest training call: float32 logits ``(N, C)`` on the CPU, class indices, mean or sum.
+"""The short way of the plainest training call: float32 logits ``(N, C)`` on the CPU, mean or sum.
 
-Row losses that the kernels know, and the gradient in place, cost it nothing.
+Class indices and probabilities, row losses that the kernels know, the gradient in place.
 
 At a few rows of a few classes the arithmetic is nothing and every Python object on the way is felt. This way makes
 none of those that the general one needs. It only decides whether it can take a call; what it cannot take, errors
@@ -19,7 +19,7 @@ from .ops import KernelTarget
 from .options import DEFAULT, Options
 from .row_losses import RowLoss
 from .settings import cached_spec
-from .validate import check_logits, may_be_probabilities
+from .validate import check_logits, check_probabilities, find_nan, may_be_probabilities
 
 
 def quick_loss(
@@ -45,7 +45,6 @@ def quick_loss(
         or type(input) not in PLAIN
         or type(target) is not Tensor
         or input.dtype is not torch.float32
-        or target.dtype is not torch.int64
         or not (input.is_cpu and target.is_cpu)
         or not input.requires_grad
         or not torch.is_grad_enabled()
@@ -61,20 +60,35 @@ def quick_loss(
         options = DEFAULT
     elif type(options) is not Options or options.backend != "auto":
         return None
-    rows, classes = input.shape
-    if target.shape != (rows,) or classes == 0 or input.stride(1) != 1 or target.stride(0) != 1:
+    in_form = _kernel_target(input, target, ignore_index)
+    if in_form is None or not cpu_kernels():
         return None
-    if not cpu_kernels():
-        return None
-    if options.validate and may_be_probabilities(input):
-        check_logits(input)
+    if options.validate:
+        if may_be_probabilities(input):
+            check_logits(input)
+        if in_form.dense is not None:
+            check_probabilities(target)
     try:
-        spec = cached_spec(classes, label_smoothing, *settings, row_loss, 0, 1.0, 1.0, empty)
+        spec = cached_spec(input.shape[1], label_smoothing, *settings, row_loss, 0, 1.0, 1.0, empty)
     except TypeError:
         return None
-    call = Call(KernelTarget(target), ignore_index, spec)
+    call = Call(in_form, ignore_index, spec)
     try:
-        return fused_loss(input, call, None, reduction == "mean", False, options.inplace)[0]
+        loss = fused_loss(input, call, None, reduction == "mean", False, options.inplace)[0]
     except RuntimeError as error:
         reraise(error)
         raise
+    if in_form.dense is not None and options.validate:
+        find_nan(loss, target)
+    return loss
+
+
+def _kernel_target(input: Tensor, target: Tensor, ignore_index: int) -> KernelTarget | None:
+    """The target as the operator takes it, if it need not be brought into that form first."""
+    rows, classes = input.shape
+    if classes == 0 or input.stride(1) != 1:
+        return None
+    if target.dtype is torch.int64:
+        return KernelTarget(target) if target.shape == (rows,) and target.stride(0) == 1 else None
+    plain = target.dtype is torch.float32 and target.shape == input.shape and target.stride(1) == 1
+    return KernelTarget(dense=target) if plain and ignore_index < 0 and not target.requires_grad else None
