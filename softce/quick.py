@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Call, fused_loss, reraise
-from .dispatch import PLAIN, cpu_kernels
+from .dispatch import cpu_kernels, is_plain
 from .ops import KernelTarget
 from .options import DEFAULT, Options
 from .row_losses import RowLoss
@@ -39,10 +39,7 @@ def quick_loss(
     :func:`softce.cross_entropy` takes them.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack() != 0
-        or type(input) not in PLAIN
+        not is_plain(input)
         or type(target) is not Tensor
         or input.dtype is not torch.float32
         or not (input.is_cpu and target.is_cpu)

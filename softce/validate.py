@@ -20,6 +20,7 @@ is given once for each line, shape and dtype whatever Python is told.
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 import warnings
 from functools import cache
@@ -118,11 +119,11 @@ def may_be_probabilities(x: Tensor) -> bool:
 def _surely_probabilities(t: Tensor) -> bool:
     """True if what is looked at of ``t``, ``(C,)`` or ``(N, C, ..)``, has no nan and nothing below ``-_ROUNDING``."""
     bits, size = _BITS.get(t.dtype), t.element_size()
-    if bits is None or _library.CPU.reason() is not None:
+    if bits is None:
         return False
-    if t.numel() <= FULL and t.is_contiguous():
+    if t.numel() <= FULL:
         return _look_at_all(t, bits.infinity, bits.least)
-    if t.numel() <= FULL or t.dim() == 1:
+    if t.dim() == 1 or _library.CPU.reason() is not None:
         return False
     look, start = _looker(), t.data_ptr()
     # The rows of _sample, without making tensors of them.
@@ -138,9 +139,7 @@ def _surely_probabilities(t: Tensor) -> bool:
 def surely_finite_probabilities(t: Tensor) -> bool:
     """True if one call finds all of ``t``, which may be looked at, finite and nothing below ``-_ROUNDING``."""
     bits = _BITS.get(t.dtype)
-    if bits is None or not t.is_contiguous() or _library.CPU.reason() is not None:
-        return False
-    return _look_at_all(t, bits.infinity - 1, bits.least)
+    return bits is not None and _look_at_all(t, bits.infinity - 1, bits.least)
 
 
 def surely_not_negative(index: Tensor) -> bool:
@@ -148,13 +147,14 @@ def surely_not_negative(index: Tensor) -> bool:
 
     The least of all integers passes: it is no class either way, and the operators refuse it.
     """
-    if not may_look(index) or not index.is_contiguous() or _library.CPU.reason() is not None:
-        return False
     sign = 1 << 63
-    return _look_at_all(index, sign - 1, sign)
+    return may_look(index) and _look_at_all(index, sign - 1, sign)
 
 
 def _look_at_all(x: Tensor, most: int, least: int) -> bool:
+    """One call over ``x``; False too where that is not one run of memory, and without the library."""
+    if not x.is_contiguous() or _library.CPU.reason() is not None:
+        return False
     return bool(_looker()(x.data_ptr(), x.element_size(), x.numel(), 1, most, least))
 
 
@@ -202,7 +202,7 @@ def find_nan(loss: Tensor, dense: Tensor) -> None:
     """Warn if ``loss`` is nan because the dense target is; for targets that were looked at in part only."""
     if dense.numel() <= FULL or not may_look(loss) or not may_look(dense):
         return
-    found = loss.item() != loss.item() if loss.dim() == 0 else bool(loss.detach().isnan().any())
+    found = math.isnan(loss.item()) if loss.dim() == 0 else bool(loss.detach().isnan().any())
     if found and bool(torch.isnan(dense.detach()).any()):
         _warn("target holds nan, so the loss is nan")
 

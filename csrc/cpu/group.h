@@ -86,7 +86,7 @@ struct Lap {
     int64_t common = classes & -classes;  // their greatest common divisor
     if (common > kLanes<A>) common = kLanes<A>;
     vectors = classes / common, rows = kLanes<A> / common;
-    for (int64_t k = 0; k < vectors && k < kNarrow; ++k) {
+    for (int64_t k = 0; classes < kNarrow && k < vectors; ++k) {  // of other rows nobody asks
       row[k] = k * kLanes<A> / classes;
       for (int i = 0; i < kLanes<A>; ++i) lane[k][i] = (k * kLanes<A> + i) / classes - row[k];
     }
