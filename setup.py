@@ -169,7 +169,7 @@ def build_cpu(output: Path) -> dict[str, object]:
     torch, torch_version = torch_facts()
     sanitize = os.environ.get("SOFTCE_SANITIZE") == "1"
     flags = [*COMMON, *(SANITIZE if sanitize else OPTIMIZE), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    operators = ["csrc/ops.cpp", "csrc/binary_ops.cpp"]
+    operators = ["csrc/ops.cpp", "csrc/binary_ops.cpp", "csrc/transpose.cpp"]
     own = {**ISA_FLAGS, **{source: torch_flags(torch, flags) for source in operators}}
     baseline = ["csrc/cpu/kernels_baseline.cpp", "csrc/cpu/binary_baseline.cpp"]
     sources = [*operators, "csrc/look.cpp", "csrc/pool.cpp", "csrc/cpu/dispatch.cpp", *baseline]

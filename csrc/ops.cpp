@@ -301,10 +301,20 @@ std::tuple<Tensor, Tensor> row_fused_(const Tensor& logits, const OptionalTensor
   return run_fused(call, row_weight, mean, extras, call.problem.logits);
 }
 
+// Memory for what Python's loops fill: `like` gives the dtype.
+Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size) {
+  constexpr size_t kMostDims = 3;  // new_tensor's
+  if (size.size() > kMostDims) fail("size must have at most ", kMostDims, " dimensions, got ", size.size());
+  for (const int64_t length : size)
+    if (length < 0) fail("size must not be negative, got ", shape_text(size.data(), static_cast<int64_t>(size.size())));
+  return new_tensor(size.data(), static_cast<int64_t>(size.size()), view_of(like, "like").dtype);
+}
+
 }  // namespace
 }  // namespace softce
 
 STABLE_TORCH_LIBRARY_IMPL(softce, CPU, m) {
+  m.impl("new_empty", TORCH_BOX(&softce::new_empty));
   m.impl("row_stats", TORCH_BOX(&softce::row_stats));
   m.impl("row_grad", TORCH_BOX(&softce::row_grad));
   m.impl("row_grad_", TORCH_BOX(&softce::row_grad_));

@@ -12,6 +12,7 @@ import torch
 from . import _library, backends
 from ._version import __version__
 from .backends import gpu
+from .linear import products
 
 
 def collect() -> dict[str, Any]:
@@ -37,6 +38,7 @@ def collect() -> dict[str, Any]:
         "instruction_set": _library.isa_chosen() if compiled["usable"] else None,
         "backends": {name: backends.unavailable(name) for name in backends.NAMES},
         "gpu_calls": {name: gpu.calls_taken(name) for name in gpu.NAMES},
+        "onednn_products": products.onednn_refused() or "used",
         "pool": softce_pool(),
     }
 
@@ -72,6 +74,9 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines += [("", reason) for reason in reasons[1:]]
         if name in facts["gpu_calls"]:
             lines.append(("", f"{'would take' if reasons else 'takes'} {facts['gpu_calls'][name]}"))
+    refused = "" if facts["onednn_products"] == "used" else facts["onednn_products"]
+    how = f"torch's BLAS library ({refused})" if refused else "oneDNN"
+    lines += [("", ""), ("products", f"float32 matrix products of linear losses on the CPU: {how}")]
     pool = facts["pool"]
     if pool:
         lines += [

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._library import CPU
+
 # Rows of the statistics, as in csrc/softce.h: StatsRow.
 LOSS, LSE, MASS, COUNT, TARGET_LOGP, ENTROPY, CORRECT = range(7)
 STATS, STATS_EXTRA = 4, 7
@@ -70,9 +72,11 @@ SCHEMAS = (
     f"row_fused(Tensor logits, {_FUSED}) -> (Tensor loss, Tensor dlogits, Tensor stats)",
     f"row_fused_(Tensor(a!) logits, {_FUSED}) -> (Tensor loss, Tensor stats)",
 )
+# For loops in Python, on CPUs: memory of the library's pool (csrc/pool.h), and a matrix turned over.
+_HELPERS = ("new_empty(Tensor like, SymInt[] size) -> Tensor", "transpose_(Tensor x, Tensor(a!) out) -> ()")
 
 library = torch.library.Library("softce", "DEF")
-for _schema in SCHEMAS:
+for _schema in (*SCHEMAS, *_HELPERS):
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -116,8 +120,27 @@ def _(logits, index, value, rest, dense, weight, row_weight, ignore_index, spec,
     return logits.new_empty((), dtype=acc_dtype(logits.dtype)), _fake_stats(logits, extras)
 
 
+@torch.library.register_fake("softce::new_empty", lib=library)
+def _(like, size):  # type: ignore[no-untyped-def]
+    return like.new_empty(size)
+
+
+@torch.library.register_fake("softce::transpose_", lib=library)
+def _(x, out):  # type: ignore[no-untyped-def]
+    return None
+
+
 row_stats = torch.ops.softce.row_stats.default
 row_grad = torch.ops.softce.row_grad.default
 row_grad_ = torch.ops.softce.row_grad_.default
 row_fused = torch.ops.softce.row_fused.default
 row_fused_ = torch.ops.softce.row_fused_.default
+transpose_ = torch.ops.softce.transpose_.default
+
+
+def new_empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """``like.new_empty``; on a CPU large ones come from the pool, which spares them most of their page faults."""
+    if like.device.type != "cpu" or CPU.reason() is not None:
+        return like.new_empty(shape, dtype=dtype)
+    found: Tensor = torch.ops.softce.new_empty.default(like.new_empty((), dtype=dtype), shape)
+    return found

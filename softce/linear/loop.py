@@ -49,8 +49,8 @@ class Loop:
             self.copies = True  # tiles of teacher logits become probabilities in place
             self.chunk = self._choose(hidden, tiles)
         size = self.chunk.rows * self.chunk.classes
-        self.buffer = t.input.new_empty((size,), dtype=self.dtype)
-        self.dense = t.input.new_empty((size,), dtype=self.dtype) if self.copies else None
+        self.buffer = ops.new_empty(t.input, (size,), self.dtype)
+        self.dense = ops.new_empty(t.input, (size,), self.dtype) if self.copies else None
         tile = weight_tile(hidden, work.budget)
         self.student = Map(t.input, t.linear_weight, t.linear_bias, t.rows, needs[:3], tile, self.dtype)
         self.teacher: Map | None = None

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..ops import acc_dtype
+from ..ops import acc_dtype, new_empty
+from . import products
 
 
 class Map:
@@ -30,11 +31,11 @@ class Map:
         # Rows of the weight that are widened at a time; None: none need to be.
         self.tile = None if weight.dtype == self.work else tile
         size = min(tile, weight.shape[0]) * weight.shape[1]
-        self.widened = input.new_empty((size,), dtype=self.work) if self.tile else None
+        self.widened = new_empty(input, (size,), self.work) if self.tile else None
         hidden = input.shape[1]
         grads = acc_dtype(work)
-        self.dinput = input.new_zeros(input.shape, dtype=grads) if needs[0] else None
-        self.dweight = weight.new_empty(weight.shape, dtype=grads) if needs[1] else None
+        self.dinput = new_empty(input, input.shape, grads).zero_() if needs[0] else None
+        self.dweight = new_empty(weight, weight.shape, grads) if needs[1] else None
         self.dbias = weight.new_zeros(weight.shape[:1], dtype=grads) if needs[2] else None
         self.x = input.new_empty((0, hidden), dtype=self.work)
         self.begun: set[int] = set()  # first classes of the tiles whose dweight holds something
@@ -59,19 +60,15 @@ class Map:
     def product(self, lo: int, hi: int, out: Tensor) -> None:
         """``out = x W[lo:hi]^T + b[lo:hi]``"""
         for begin, end, weight in self._weights(lo, hi):
-            part = out[:, begin - lo : end - lo]
-            if self.bias is None:
-                torch.mm(self.x, weight.t(), out=part)
-            else:
-                torch.addmm(self.bias[begin:end], self.x, weight.t(), out=part)
+            bias = None if self.bias is None else self.bias[begin:end]
+            products.logits(self.x, weight, bias, out[:, begin - lo : end - lo])
 
     def add(self, lo: int, hi: int, grad: Tensor) -> None:
         """Add what the gradient ``grad`` of this block's logits gives."""
         if self.dinput is not None:
             self._add_input(lo, hi, grad)
         if self.dweight is not None:
-            part = self.dweight[lo:hi]
-            _accumulate(part, grad.t(), self.x, first=lo not in self.begun)
+            products.add_to_weight(self.dweight[lo:hi], grad, self.x, first=lo not in self.begun)
             self.begun.add(lo)
         if self.dbias is not None:
             self.dbias[lo:hi] += grad.sum(0, dtype=self.dbias.dtype)
@@ -82,7 +79,7 @@ class Map:
         out = self.dinput[self.a : self.b] if whole else grad.new_empty(self.x.shape, dtype=self.dinput.dtype)
         for begin, end, weight in self._weights(lo, hi):
             first = begin == 0 if whole else begin == lo
-            _accumulate(out, grad[:, begin - lo : end - lo], weight, first=first)
+            products.add_to_input(out, grad[:, begin - lo : end - lo], weight, first=first)
         if not whole:
             assert self.rows is not None
             self.dinput.index_add_(0, self.rows[self.a : self.b], out)
@@ -92,16 +89,3 @@ class Map:
         if self.dweight is not None and not self.begun:
             self.dweight.zero_()
         return self.dinput, self.dweight, self.dbias
-
-
-def _accumulate(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """``out = a b``, added to what is there unless ``first``; in the wider dtype of ``out`` where that differs."""
-    if out.dtype == a.dtype:
-        if first:
-            torch.mm(a, b, out=out)
-        else:
-            out.addmm_(a, b)
-    elif first:
-        torch.mm(a, b, out.dtype, out=out)
-    else:
-        torch.addmm(out, a, b, out.dtype, out=out)

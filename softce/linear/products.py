@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The matrix products of a linear map: torch's, or oneDNN's where torch's BLAS library leaves a processor half unused.
+
+MKL multiplies float32 on AMD processors with its AVX2 kernels even where they have AVX-512: on Zen 5 at 80 to 90
+GFLOP/s a core, where oneDNN, which torch carries too, reaches 160 to 200 (N = 512, H = 512 to 4096; its rounding errors
+are up to 2.2 times MKL's). Of oneDNN's float32 products torch offers the one that compiled graphs take for linear
+layers. It allocates its result, so it is given some classes at a time, whose result is still in a cache when it goes to
+its place.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..dispatch import is_plain
+
+_FAMILY = 26  # AMD's number of Zen 5: the first whose AVX-512 units are as wide as the registers
+_FEWEST = 32  # of rows and of hidden values, and
+_SMALLEST = 1 << 23  # multiplications, below which handing pieces around takes longer than MKL does
+_PIECE = 1 << 18  # elements of a piece's result, or of what goes into it
+_PIECES = (256, 1024)  # classes of a piece: fewer are slow, more are no faster
+
+
+@cache
+def _processor() -> tuple[str, int]:
+    """Vendor and family of the processor, as Linux names them."""
+    facts: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            facts.setdefault(name.strip(), value.strip())
+        return facts["vendor_id"], int(facts["cpu family"])
+    except (OSError, KeyError, ValueError):
+        return "", 0
+
+
+@cache
+def onednn_refused() -> str:
+    """Why float32 products on this machine's CPU are left to torch's BLAS library; empty if oneDNN computes them."""
+    vendor, family = _processor()
+    if vendor != "AuthenticAMD" or family < _FAMILY:
+        return "MKL is as fast on this processor, or it was not compared there"
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return f"torch was told to use {torch.backends.cpu.get_cpu_capability()}"
+    if "ONEDNN_MAX_CPU_ISA" in os.environ or "DNNL_MAX_CPU_ISA" in os.environ:
+        return "oneDNN was told which instruction set to use"
+    if not torch.backends.mkl.is_available():
+        return "torch's BLAS library is not MKL"
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "this torch was built without oneDNN, or without its linear operator"
+    return ""
+
+
+def _by_onednn(x: Tensor, weight: Tensor, other: Tensor) -> bool:
+    """Whether oneDNN multiplies for this map of ``x`` ``(n, H)`` and ``weight`` ``(V, H)``; ``other`` is the third."""
+    (n, hidden), classes = x.shape, weight.shape[0]
+    if min(n, hidden) < _FEWEST or classes < _PIECES[0] or n * hidden * classes < _SMALLEST:
+        return False
+    if onednn_refused() or not all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, weight, other)):
+        return False
+    # A weight with gaps takes its slow way, a hundred times slower; who counts products is to find them.
+    if not weight.is_contiguous() or not is_plain(weight):
+        return False
+    mkldnn: Any = torch.backends.mkldnn
+    return bool(mkldnn.enabled) and mkldnn.matmul.fp32_precision in ("none", "ieee")
+
+
+def _pieces(rows: int, classes: int, hidden: int) -> list[tuple[int, int]]:
+    size = min(max(_PIECE // max(rows, hidden), _PIECES[0]), _PIECES[1])
+    return [(begin, min(begin + size, classes)) for begin in range(0, classes, size)]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` by oneDNN."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return found
+
+
+def logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``out = x weight^T + bias``"""
+    if _by_onednn(x, weight, out):
+        x = x.contiguous()
+        for a, b in _pieces(x.shape[0], *weight.shape):
+            out[:, a:b] = _linear(x, weight[a:b], None if bias is None else bias[a:b])
+    elif bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def add_to_input(out: Tensor, grad: Tensor, weight: Tensor, *, first: bool) -> None:
+    """``out = grad weight``, added to what is there unless ``first``."""
+    if out.dtype == torch.float32 and _by_onednn(out, weight, grad):
+        for a, b in _pieces(grad.shape[0], *weight.shape):
+            _put(out, _linear(grad[:, a:b], weight[a:b].t()), first=first and a == 0)
+    else:
+        _accumulate(out, grad, weight, first=first)
+
+
+def add_to_weight(out: Tensor, grad: Tensor, x: Tensor, *, first: bool) -> None:
+    """``out = grad^T x``, added to what is there unless ``first``."""
+    if out.dtype == torch.float32 and _by_onednn(x, out, grad):
+        pieces = _pieces(x.shape[0], *out.shape)
+        turned = grad.new_empty((pieces[0][1], grad.shape[0]))
+        x = x.contiguous().t()
+        for a, b in pieces:
+            ops.transpose_(grad[:, a:b], turned[: b - a])
+            _put(out[a:b], _linear(turned[: b - a], x), first=first)
+    else:
+        _accumulate(out, grad.t(), x, first=first)
+
+
+def _put(out: Tensor, product: Tensor, *, first: bool) -> None:
+    if first:
+        out.copy_(product)
+    else:
+        out.add_(product)
+
+
+def _accumulate(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """``out = a b``, added to what is there unless ``first``; in the wider dtype of ``out`` where that differs."""
+    if out.dtype == a.dtype:
+        if first:
+            torch.mm(a, b, out=out)
+        else:
+            out.addmm_(a, b)
+    elif first:
+        torch.mm(a, b, out.dtype, out=out)
+    else:
+        torch.addmm(out, a, b, out.dtype, out=out)

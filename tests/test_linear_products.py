@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The matrix products of linear losses: oneDNN's are torch's to rounding, taken only where they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from checks import threads
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import softce
+from softce import Options, ops
+from softce.linear import products
+
+N, H, V = 128, 96, 3000  # enough for oneDNN, and classes that no piece divides
+
+
+@contextmanager
+def onednn_products() -> Iterator[list[int]]:
+    """One number is appended for each product that oneDNN computed inside."""
+    ran: list[int] = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield ran
+    ran += [1 for event in profile.events() if event.name == "mkldnn::_linear_pointwise"]
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN multiplies wherever it can, whatever the processor."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch was built without oneDNN")
+    monkeypatch.setattr(products, "onednn_refused", lambda: "")
+
+
+def without_onednn() -> Any:
+    return mock.patch.object(products, "onednn_refused", lambda: "a test's wish")
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    """To within a few roundings of the largest sum."""
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=float(3e-6 * want.abs().max()))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("shape", [(N, H, V), (32, 32, 8192), (513, 100, 257), (64, 600, 1024), (100, 2100, 300)])
+def test_products(shape: tuple[int, int, int], first: bool, onednn: None) -> None:
+    n, h, v = shape
+    x, w, g, bias = torch.randn(n, h), torch.randn(v, h), torch.randn(n, v + 5)[:, 2:-3], torch.randn(v)
+    buffer, dx, dw = torch.randn(n, v + 3), torch.randn(n, h), torch.randn(v, h)
+    before = {"dx": dx.double() * (not first), "dw": dw.double() * (not first)}
+    out, rest = buffer[:, :v], buffer[:, v:].clone()
+    with onednn_products() as ran:
+        products.logits(x, w, None, out)
+        plain = out.clone()
+        products.logits(x, w, bias, out)
+        products.add_to_input(dx, g, w, first=first)
+        products.add_to_weight(dw, g, x, first=first)
+    assert len(ran) >= 4
+    close(plain, x.double() @ w.double().t())
+    close(out, x.double() @ w.double().t() + bias.double())
+    close(dx, before["dx"] + g.double() @ w.double())
+    close(dw, before["dw"] + g.double().t() @ x.double())
+    assert torch.equal(buffer[:, v:], rest)
+
+
+def test_rows_of_any_stride(onednn: None) -> None:
+    base = torch.randn(H, 2 * N)
+    x, w = base[:, ::2].t(), torch.randn(V, H)
+    out, dw = torch.empty(N, V), torch.empty(V, H)
+    grad = torch.randn(N, V)
+    with onednn_products() as ran:
+        products.logits(x, w, None, out)
+        products.add_to_weight(dw, grad, x, first=True)
+    assert ran
+    close(out, x.double() @ w.double().t())
+    close(dw, grad.double().t() @ x.double())
+
+
+@pytest.mark.parametrize("shape", [(N, H, V), (32, 64, 8192), (80, 2048, 512), (500, 64, 5000)], ids=str)
+def test_same_bits_from_run_to_run_and_from_one_thread_to_two(shape: tuple[int, int, int], onednn: None) -> None:
+    n, h, v = shape
+    x, w, target = torch.randn(n, h, requires_grad=True), torch.randn(v, h, requires_grad=True), torch.randint(v, (n,))
+    found = []
+    for count in (1, 2, 1):
+        with threads(count), onednn_products() as ran:
+            loss = softce.linear_cross_entropy(x, w, target)
+            found.append((loss, *torch.autograd.grad(loss, (x, w))))  # type: ignore[arg-type]
+        assert ran
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def targets(dtype: torch.dtype) -> dict[str, Any]:
+    index = torch.randint(V, (N,))
+    index[::7] = -100
+    teacher = softce.LinearTeacher(torch.randn(N, 40, dtype=dtype), torch.randn(V, 40, dtype=dtype), temperature=2.0)
+    top = torch.rand(N, V).topk(3)
+    return {
+        "indices": index,
+        "probs": torch.rand(N, V, dtype=dtype).softmax(1),
+        "topk": softce.TopK(top.indices, top.values.softmax(1)),
+        "linear_teacher": teacher,
+    }
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["indices", "probs", "topk", "linear_teacher"])
+def test_every_way_gives_what_it_gives_without_onednn(
+    name: str,
+    dtype: torch.dtype,
+    tiles: bool,
+    reduction: str,
+    onednn: None,
+    cpu_kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "_SMALLEST", 0)  # tiles are small
+    budget = {torch.float32: 1 << 20, torch.bfloat16: 2 << 20}[dtype] if tiles else None
+    leaves = [torch.randn(N, H), torch.randn(V, H) / H**0.5, torch.randn(V)]
+    x, w, bias = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+    target = targets(dtype)[name]
+
+    def run() -> tuple[Tensor, ...]:
+        loss = softce.linear_cross_entropy(
+            x, w, target, linear_bias=bias, reduction=reduction, options=Options(memory_budget=budget)
+        )
+        assert isinstance(loss, Tensor)
+        return (loss, *torch.autograd.grad(loss.sum(), (x, w, bias)))
+
+    assert softce.plan(x, w, target, options=Options(memory_budget=budget)).recompute == tiles
+    with onednn_products() as ran:
+        found = run()
+    with without_onednn(), onednn_products() as none:
+        want = run()
+    assert ran and not none
+    ulp = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=ulp, atol=float(ulp * b.detach().abs().max() / 4))
+
+
+def small(shape: tuple[int, int, int] = (N, H, V), dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    n, h, v = shape
+    return torch.randn(n, h, dtype=dtype), torch.randn(v, h, dtype=dtype), torch.empty(n, v, dtype=dtype)
+
+
+def gaps() -> tuple[Tensor, Tensor, Tensor]:
+    x, _, out = small()
+    return x, torch.randn(V, 2 * H)[:, :H], out
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: small((16, 512, 4096)),
+        lambda: small((512, 16, 4096)),
+        lambda: small((512, 512, 200)),
+        lambda: small((64, 64, 1024)),
+        lambda: small(dtype=torch.float64),
+        gaps,
+    ],
+    ids=["few rows", "few hidden values", "few classes", "little work", "float64", "a weight with gaps"],
+)
+def test_what_onednn_is_not_given(make: Callable[[], tuple[Tensor, Tensor, Tensor]], onednn: None) -> None:
+    x, w, out = make()
+    with onednn_products() as ran:
+        products.logits(x, w, None, out)
+    assert not ran
+    close(out, x.double() @ w.double().t())
+
+
+def test_torchs_own_switches_reach_the_products(onednn: None) -> None:
+    x, w, out = small()
+    with onednn_products() as ran, torch.backends.mkldnn.flags(enabled=False):
+        products.logits(x, w, None, out)
+    assert not ran
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        with onednn_products() as ran:
+            products.logits(x, w, None, out)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert not ran
+    with onednn_products() as ran:
+        products.logits(x, w, None, out)
+    assert ran
+
+
+def test_products_are_counted(onednn: None) -> None:
+    x, w, out = small()
+    with FlopCounterMode(display=False) as counter:
+        products.logits(x, w, None, out)
+    assert counter.get_total_flops() == 2 * N * H * V
+
+
+@pytest.mark.parametrize(
+    ("facts", "capability", "variables", "why"),
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", "AVX512", {}, ""),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\n", "AVX512", {}, "as fast on this processor"),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 26\n", "AVX512", {}, "as fast on this processor"),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", "AVX2", {}, "torch was told to use AVX2"),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", "AVX512", {"ONEDNN_MAX_CPU_ISA": "AVX2"}, "was told which"),
+        ("processor\t: 0\n", "DEFAULT", {}, "not compared"),
+        (None, "AVX512", {}, "not compared"),
+    ],
+)
+def test_where_onednn_is_used(
+    facts: str | None, capability: str, variables: dict[str, str], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path) -> str:
+        assert str(path) == "/proc/cpuinfo"
+        if facts is None:
+            raise FileNotFoundError(path)
+        return facts
+
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    products._processor.cache_clear()
+    try:
+        reason = products.onednn_refused.__wrapped__()
+    finally:
+        products._processor.cache_clear()
+    assert why in reason and bool(reason) == bool(why)
+
+
+# ---- the operators behind them ----
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (3, 200), (513, 1000), (0, 4), (4, 0)], ids=str)
+def test_transpose(shape: tuple[int, int], cpu_kernels: None) -> None:
+    rows, columns = shape
+    x = torch.randn(rows, columns + 7)[:, 3 : 3 + columns]
+    out = torch.full((columns + 2, rows), 7.0)
+    for count in (1, 2):
+        with threads(count):
+            ops.transpose_(x, out[1:-1])
+        assert torch.equal(out[1:-1], x.t())
+        assert (out[0] == 7).all() and (out[-1] == 7).all()
+        out[1:-1] = 0
+    torch.library.opcheck(ops.transpose_, (x, torch.empty(columns, rows)))
+
+
+def test_transpose_refuses(cpu_kernels: None) -> None:
+    x = torch.randn(4, 6)
+    for args, message in (
+        ((x.double(), x.t().contiguous()), "x must be float32, got float64"),
+        ((x[0], x), "x must be a matrix"),
+        ((x.t(), x), "stride 1 in the last dimension"),
+        ((x, x), r"out must have shape \(6, 4\), got \(4, 6\)"),
+        ((x, torch.empty(4, 6).t()), "out must be contiguous"),
+        ((x, x.view(6, 4)), "out must not share memory with x"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.transpose_(*args)
+
+
+def test_new_empty(cpu_kernels: None) -> None:
+    like = torch.empty(0, dtype=torch.bfloat16)
+    for shape in ((), (0,), (3, 4), (2, 3, 5), (1 << 20, 3)):
+        made = ops.new_empty(like, shape, torch.float32)
+        assert made.shape == shape and made.dtype == torch.float32 and made.is_contiguous()
+        made.fill_(1.0)
+    assert softce.pool_stats()["live_bytes"] >= 12 << 20
+    for size, message in (((1, 1, 1, 1), "at most 3 dimensions, got 4"), ((-1,), "must not be negative")):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.softce.new_empty(like, size)
+    assert ops.new_empty(like.to("meta"), (3,), torch.float64).device.type == "meta"
+
+
+def test_buffers_and_gradients_come_from_the_pool(cpu_kernels: None) -> None:
+    x, w = torch.randn(256, 64, requires_grad=True), torch.randn(40_000, 64, requires_grad=True)
+    target = torch.randint(40_000, (256,))
+    softce.empty_cache()
+    before = softce.pool_stats()
+    loss = softce.linear_cross_entropy(x, w, target)
+    loss.backward()  # type: ignore[union-attr]
+    after = softce.pool_stats()
+    # the gradient of 10 MiB lives, the buffer of 40 MiB waits to be used again
+    assert after["live_bytes"] - before["live_bytes"] == 10 << 20
+    assert after["idle_bytes"] == 40 << 20
+    w.grad = None
+    softce.linear_cross_entropy(x, w, target).backward()  # type: ignore[union-attr]
+    assert softce.pool_stats()["mapped"] == after["mapped"]
