@@ -54,7 +54,8 @@ def run(arguments: list[str]) -> None:
         print(f"usage: python -m softce run {run.__doc__}")
         raise SystemExit(0 if name in ("-h", "--help") else 2)
     if not as_module and not Path(name).exists():
-        raise SystemExit(f"softce run: there is no file {name!r}")
+        print(f"softce run: there is no file {name!r}", file=sys.stderr)
+        raise SystemExit(2)  # as python does
     importlib.import_module("softce.install").install()
     sys.argv = [name, *rest]
     if as_module:

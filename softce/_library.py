@@ -183,7 +183,7 @@ def set_pool_limits(max_idle_bytes: float | None = None, idle_seconds: float | N
         ValueError: a negative bound.
     """
     for name, bound in (("max_idle_bytes", max_idle_bytes), ("idle_seconds", idle_seconds)):
-        if bound is not None and not isinstance(bound, Real):
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, Real)):
             raise TypeError(f"set_pool_limits: {name} must be a number or None, not {type(bound).__name__}")
     if (max_idle_bytes is not None and not max_idle_bytes >= 0) or (idle_seconds is not None and not idle_seconds >= 0):
         raise ValueError(

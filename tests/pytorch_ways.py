@@ -16,7 +16,7 @@ import softce
 
 pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # of what torch's own test helpers import
     from torch.testing._internal.common_nn import loss_reference_fns
 
 REFERENCE: Callable[..., Tensor] = loss_reference_fns["CrossEntropyLoss"]

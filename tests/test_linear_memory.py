@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import softce
-from softce import Options
+from softce import Options, ops
 from softce.linear import autograd
 
 N, H, V = 96, 8, 1000
@@ -156,7 +156,7 @@ def test_plan_of_half_precision_counts_the_accumulators() -> None:
 @pytest.mark.parametrize("budget", [None, 1 << 20, 5 << 20])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["indices", "probs", "linear_teacher"])
+@pytest.mark.parametrize("name", ["indices", "probs", "linear_teacher", "other_teacher"])
 def test_plan_is_what_happens(
     name: str, dtype: torch.dtype, reduction: str, budget: int | None, cpu_kernels: None
 ) -> None:
@@ -167,11 +167,12 @@ def test_plan_is_what_happens(
         "indices": torch.randint(5000, (300,)),
         "probs": torch.rand(300, 5000, dtype=dtype),
         "linear_teacher": softce.LinearTeacher(torch.randn(300, 16, dtype=dtype), torch.randn(5000, 16, dtype=dtype)),
+        "other_teacher": softce.LinearTeacher(torch.randn(300, 24).bfloat16(), torch.randn(5000, 24).bfloat16()),
     }[name]
     options = Options(memory_budget=budget)
     plan = softce.plan(x, w, target, reduction=reduction, options=options)
-    flops = 0
-    mm, addmm_ = torch.mm, Tensor.addmm_
+    flops = held = 0
+    mm, addmm_, new_empty = torch.mm, Tensor.addmm_, ops.new_empty
 
     def count(function: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal flops
@@ -179,13 +180,22 @@ def test_plan_is_what_happens(
         flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         return function(*args, **kwargs)
 
+    def buffer(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        nonlocal held
+        held += shape[0] * dtype.itemsize * (len(shape) == 1)  # gradients have two dimensions
+        return new_empty(like, shape, dtype)
+
     with (
+        mock.patch.object(ops, "new_empty", buffer),
+        mock.patch("softce.linear.map.new_empty", buffer),
         mock.patch("torch.mm", lambda *args, **kwargs: count(mm, *args, **kwargs)),
         mock.patch.object(Tensor, "addmm_", lambda *args, **kwargs: count(addmm_, *args, **kwargs)),
     ):
         softce.linear_cross_entropy(x, w, target, reduction=reduction, options=options).sum().backward()  # type: ignore[union-attr]
     assert flops == plan.flops
     assert budget is None or plan.buffer_bytes <= budget
+    loops = 1 if reduction == "mean" else 2
+    assert 0 < held <= loops * plan.buffer_bytes
 
 
 # ---- refusals ----

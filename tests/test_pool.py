@@ -241,6 +241,8 @@ def test_endless_bounds() -> None:
 def test_negative_bounds_are_refused() -> None:
     with pytest.raises(TypeError, match="max_idle_bytes must be a number or None, not str"):
         _library.set_pool_limits("1G")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="idle_seconds must be a number or None, not bool"):
+        _library.set_pool_limits(idle_seconds=True)
     with pytest.raises(ValueError, match="max_idle_bytes=-1"):
         _library.set_pool_limits(max_idle_bytes=-1)
     with pytest.raises(ValueError, match="idle_seconds=nan"):

@@ -132,7 +132,7 @@ def test_scripted_module_still_runs() -> None:
     """torch.jit.script of torch's module, with softce installed."""
     x, y = torch.randn(3, 5), torch.tensor([1, 0, 4])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated, and still there
         scripted = torch.jit.script(nn.CrossEntropyLoss())
     want = scripted(x, y)
     with softce.installed(), kernel_calls() as calls:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # of what torch's own test helpers import
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_db
 

@@ -22,7 +22,7 @@ _TILE_ROWS = 1024  # rows of a tile over the vocabulary
 # operands.
 _RESERVE = 13 << 19
 _RESERVE_TILES = 19 << 19
-_WEIGHT_TILE = 4 << 20  # bytes of a half-precision weight that are widened at a time
+_WEIGHT_TILE = 4 << 20  # bytes of half-precision weights that are widened at a time
 
 
 class Chunking(NamedTuple):
@@ -91,12 +91,18 @@ def work_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     return dtype if device == "cuda" else acc_dtype(dtype)
 
 
-def costs(hidden: int, dtype: torch.dtype, work: torch.dtype, *, copies: bool, gathered: bool) -> Costs:
-    """The buffers for rows of ``hidden`` values of ``dtype`` whose logits are ``work``.
+def widths(input: Tensor, teacher: Tensor | None, work: torch.dtype) -> tuple[int, int]:
+    """The longest row of the linear maps' inputs, and how many of the maps have operands that become ``work`` first."""
+    inputs = [x for x in (input, teacher) if x is not None]
+    return max(x.shape[-1] for x in inputs), sum(x.dtype != work for x in inputs)
 
-    ``copies``: a dense target is gathered, widened or computed chunk by chunk. ``gathered``: rows are picked out.
+
+def costs(hidden: int, work: torch.dtype, *, copies: bool, widened: int, gathered: bool) -> Costs:
+    """The buffers for rows of ``hidden`` values whose logits are ``work``.
+
+    ``copies``: a dense target is gathered, widened or computed chunk by chunk. ``widened``: how many linear maps, of
+    student and teacher, have operands of a lower precision. ``gathered``: rows are picked out.
     """
-    widened = work != dtype
     return Costs(
         work.itemsize * (1 + copies),
         hidden * work.itemsize * (widened + 2 * gathered),
@@ -104,10 +110,10 @@ def costs(hidden: int, dtype: torch.dtype, work: torch.dtype, *, copies: bool, g
     )
 
 
-def weight_tile(hidden: int, budget: int | None) -> int:
-    """Rows of a half-precision weight that are widened at a time."""
+def weight_tile(hidden: int, budget: int | None, widened: int) -> int:
+    """Rows of a half-precision weight that are widened at a time, where ``widened`` weights are."""
     limit = _WEIGHT_TILE if budget is None else min(_WEIGHT_TILE, budget // 4)
-    return max(1, limit // (4 * max(1, hidden)))
+    return max(1, limit // max(1, widened) // (4 * max(1, hidden)))
 
 
 def choose(rows: int, classes: int, cost: Costs, budget: int | None, device: str, *, tiles: bool = True) -> Chunking:
@@ -153,24 +159,28 @@ def plan_of(
     *,
     copies: bool,
     gathered: bool,
-    teacher: bool,
+    teacher: Tensor | None,
     fused: bool,
 ) -> Plan:
     """The plan of a call over ``rows`` rows; ``copies`` and ``gathered`` as for :func:`costs`.
 
-    ``teacher``: a dense target is a linear map of its own. ``fused``: gradients are computed with the loss.
+    ``teacher``: the input of a dense target that is a linear map of its own. ``fused``: gradients are computed with the
+    loss.
     """
-    classes, hidden = weight.shape
+    classes = weight.shape[0]
     work = work_dtype(input.dtype, device)
+    hidden, widened = widths(input, teacher, work)
     check_budget(budget, classes, work)
-    cost = costs(hidden, input.dtype, work, copies=copies, gathered=gathered)
+    cost = costs(hidden, work, copies=copies, widened=widened, gathered=gathered)
     chunk = choose(rows, classes, cost, budget, device)
     tiled = chunk.classes < classes
     needs = (input.requires_grad, weight.requires_grad)
     needs = needs if any(needs) else (True, True)
-    products = 1 + sum(needs) + (tiled or not fused) + teacher * (2 - fused + 2 * tiled)
+    own = 1 + sum(needs) + (tiled or not fused)
+    taught = 0 if teacher is None else 2 - fused + 2 * tiled
+    lengths = input.shape[-1] * own + (0 if teacher is None else teacher.shape[-1] * taught)
     buffers = cost.bytes(chunk.rows, chunk.classes) - cost.fixed
-    buffers += min(cost.fixed, work.itemsize * hidden * weight_tile(hidden, budget))
+    buffers += min(cost.fixed, widened * work.itemsize * hidden * weight_tile(hidden, budget, widened))
     held = 4 * (needs[0] * input.numel() + needs[1] * weight.numel()) if input.element_size() < 4 else 0
     logits = rows * classes * acc_dtype(input.dtype).itemsize
     return Plan(
@@ -181,8 +191,8 @@ def plan_of(
         buffers,
         buffers + held,
         logits,
-        products,
-        2 * rows * hidden * classes * products,
+        own + taught,
+        2 * rows * classes * lengths,
     )
 
 

@@ -282,8 +282,8 @@ def plan(
     form = None if target is None else as_form(target, rows.given, linear_weight.shape[0])
     mapped = isinstance(rows.input_rows(), Tensor)
     dense = form.prob if isinstance(form, ClassProbabilities) else form.logits if isinstance(form, Teacher) else None
-    teacher = isinstance(form, LinearTeacher)
-    copies = teacher or (dense is not None and (mapped or dense.dtype != work_dtype(input.dtype, kind)))
+    teacher = form.hidden if isinstance(form, LinearTeacher) else None
+    copies = teacher is not None or (dense is not None and (mapped or dense.dtype != work_dtype(input.dtype, kind)))
     return plan_of(
         input,
         linear_weight,

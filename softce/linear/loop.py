@@ -27,7 +27,7 @@ from ..reduction import per_mean, reduce_stats
 from ..row_losses import phi_of
 from ..target_rows import counts
 from . import row_ops
-from .chunks import Chunking, blocks, choose, costs, weight_tile, work_dtype
+from .chunks import Chunking, blocks, choose, costs, weight_tile, widths, work_dtype
 from .inputs import Kept, Tensors, Work, keep_rows
 from .map import Map
 
@@ -42,16 +42,16 @@ class Loop:
         self.tensors = tensors
         self.dtype = work_dtype(t.input.dtype, t.input.device.type)
         self.acc = acc_dtype(t.input.dtype)
-        hidden = max(t.input.shape[1], 0 if t.teacher_input is None else t.teacher_input.shape[1])
+        hidden, widened = widths(t.input, t.teacher_input, self.dtype)
         self.copies = _copies_target(tensors, self.dtype)
-        self.chunk = self._choose(hidden, tiles)
+        self.chunk = self._choose(hidden, widened, tiles)
         if self.tiled and work.spec.dense_kind == DENSE_LOGITS and not self.copies:
             self.copies = True  # tiles of teacher logits become probabilities in place
-            self.chunk = self._choose(hidden, tiles)
+            self.chunk = self._choose(hidden, widened, tiles)
         size = self.chunk.rows * self.chunk.classes
         self.buffer = ops.new_empty(t.input, (size,), self.dtype)
         self.dense = ops.new_empty(t.input, (size,), self.dtype) if self.copies else None
-        tile = weight_tile(hidden, work.budget)
+        tile = weight_tile(hidden, work.budget, widened)
         self.student = Map(t.input, t.linear_weight, t.linear_bias, t.rows, needs[:3], tile, self.dtype)
         self.teacher: Map | None = None
         if t.teacher_input is not None:
@@ -63,10 +63,10 @@ class Loop:
         self.teacher_lse = t.input.new_empty((t.row_count,), dtype=self.acc) if teacher_tiles else None
         self.teacher_rows = 0  # how many of them are known
 
-    def _choose(self, hidden: int, tiles: bool) -> Chunking:
+    def _choose(self, hidden: int, widened: int, tiles: bool) -> Chunking:
         t = self.tensors
         gathered = t.rows is not None or t.target_rows is not None
-        cost = costs(hidden, t.input.dtype, self.dtype, copies=self.copies, gathered=gathered)
+        cost = costs(hidden, self.dtype, copies=self.copies, widened=widened, gathered=gathered)
         return choose(t.row_count, t.classes, cost, self.work.budget, t.input.device.type, tiles=tiles)
 
     @property
