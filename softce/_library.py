@@ -138,7 +138,7 @@ def _pool_names() -> list[str]:
 
 
 def pool_stats() -> dict[str, int]:
-    """State of the pool that large gradients on the CPU come from; empty if the CPU library cannot be used.
+    """State of the pool that large CPU gradients and buffers come from; empty if the CPU library cannot be used.
 
     Keys: ``idle_bytes`` and ``idle_blocks`` wait for reuse, ``live_bytes`` and ``live_blocks`` belong to tensors;
     ``reused`` and ``mapped`` count outputs served from idle memory and from fresh memory; ``limit_bytes`` and
@@ -165,7 +165,7 @@ def empty_cache() -> int:
 
 
 def set_pool_limits(max_idle_bytes: float | None = None, idle_seconds: float | None = None) -> None:
-    """Bounds the idle memory of the pool that large gradients on the CPU come from.
+    """Bounds the idle memory of the pool that large CPU gradients and buffers come from.
 
     Outputs of 4 MiB and more are taken from 2 MiB-aligned memory with huge pages; when such a tensor dies, its memory
     waits for the next output of about its size. What waits beyond ``max_idle_bytes`` (the least recently used first)
