@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
+#include <algorithm>
 #include <cstring>
 #include <tuple>
 #include <vector>
@@ -305,8 +306,11 @@ std::tuple<Tensor, Tensor> row_fused_(const Tensor& logits, const OptionalTensor
 Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size) {
   constexpr size_t kMostDims = 3;  // new_tensor's
   if (size.size() > kMostDims) fail("size must have at most ", kMostDims, " dimensions, got ", size.size());
+  int64_t bytes = sizeof(double);
   for (const int64_t length : size)
-    if (length < 0) fail("size must not be negative, got ", shape_text(size.data(), static_cast<int64_t>(size.size())));
+    if (length < 0 || __builtin_mul_overflow(bytes, std::max<int64_t>(length, 1), &bytes))
+      fail("size must be neither negative nor too large, got ",
+           shape_text(size.data(), static_cast<int64_t>(size.size())));
   return new_tensor(size.data(), static_cast<int64_t>(size.size()), view_of(like, "like").dtype);
 }
 

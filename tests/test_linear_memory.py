@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import softce
 from softce import Options, ops
 from softce.linear import autograd
+from softce.linear.loop import Loop
 
 N, H, V = 96, 8, 1000
 RUNS = {
@@ -155,8 +156,8 @@ def test_plan_of_half_precision_counts_the_accumulators() -> None:
 
 @pytest.mark.parametrize("budget", [None, 1 << 20, 5 << 20])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["indices", "probs", "linear_teacher", "other_teacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["indices", "probs", "teacher", "linear_teacher", "other_teacher"])
 def test_plan_is_what_happens(
     name: str, dtype: torch.dtype, reduction: str, budget: int | None, cpu_kernels: None
 ) -> None:
@@ -166,13 +167,14 @@ def test_plan_is_what_happens(
     target = {
         "indices": torch.randint(5000, (300,)),
         "probs": torch.rand(300, 5000, dtype=dtype),
+        "teacher": softce.Teacher(torch.randn(300, 5000, dtype=dtype)),
         "linear_teacher": softce.LinearTeacher(torch.randn(300, 16, dtype=dtype), torch.randn(5000, 16, dtype=dtype)),
         "other_teacher": softce.LinearTeacher(torch.randn(300, 24).bfloat16(), torch.randn(5000, 24).bfloat16()),
     }[name]
     options = Options(memory_budget=budget)
     plan = softce.plan(x, w, target, reduction=reduction, options=options)
     flops = held = 0
-    mm, addmm_, new_empty = torch.mm, Tensor.addmm_, ops.new_empty
+    mm, addmm_, new_buffer, new_empty = torch.mm, Tensor.addmm_, Loop._new_buffer, ops.new_empty
 
     def count(function: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal flops
@@ -180,14 +182,14 @@ def test_plan_is_what_happens(
         flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         return function(*args, **kwargs)
 
-    def buffer(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def counted(made: Tensor) -> Tensor:
         nonlocal held
-        held += shape[0] * dtype.itemsize * (len(shape) == 1)  # gradients have two dimensions
-        return new_empty(like, shape, dtype)
+        held += made.nbytes * (made.dim() == 1)  # gradients have two dimensions
+        return made
 
     with (
-        mock.patch.object(ops, "new_empty", buffer),
-        mock.patch("softce.linear.map.new_empty", buffer),
+        mock.patch.object(Loop, "_new_buffer", lambda loop: counted(new_buffer(loop))),
+        mock.patch("softce.linear.map.new_empty", lambda *args: counted(new_empty(*args))),
         mock.patch("torch.mm", lambda *args, **kwargs: count(mm, *args, **kwargs)),
         mock.patch.object(Tensor, "addmm_", lambda *args, **kwargs: count(addmm_, *args, **kwargs)),
     ):

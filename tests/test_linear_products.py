@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +46,10 @@ def without_onednn() -> Any:
     return mock.patch.object(products, "onednn_refused", lambda: "a test's wish")
 
 
+def pieces(x: Tensor, w: Tensor, room: int | None = None) -> products.Pieces:
+    return products.Pieces.of(*x.shape, w.shape[0], room)
+
+
 def close(got: Tensor, want: Tensor) -> None:
     """To within a few roundings of the largest sum."""
     torch.testing.assert_close(got.double(), want, rtol=0, atol=float(3e-6 * want.abs().max()))
@@ -50,18 +57,18 @@ def close(got: Tensor, want: Tensor) -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("shape", [(N, H, V), (32, 32, 8192), (513, 100, 257), (64, 600, 1024), (100, 2100, 300)])
-def test_products(shape: tuple[int, int, int], first: bool, onednn: None) -> None:
+def test_products(shape: tuple[int, int, int], first: bool, onednn: None, cpu_kernels: None) -> None:
     n, h, v = shape
     x, w, g, bias = torch.randn(n, h), torch.randn(v, h), torch.randn(n, v + 5)[:, 2:-3], torch.randn(v)
     buffer, dx, dw = torch.randn(n, v + 3), torch.randn(n, h), torch.randn(v, h)
     before = {"dx": dx.double() * (not first), "dw": dw.double() * (not first)}
     out, rest = buffer[:, :v], buffer[:, v:].clone()
     with onednn_products() as ran:
-        products.logits(x, w, None, out)
+        products.logits(x, w, None, out, pieces(x, w))
         plain = out.clone()
-        products.logits(x, w, bias, out)
-        products.add_to_input(dx, g, w, first=first)
-        products.add_to_weight(dw, g, x, first=first)
+        products.logits(x, w, bias, out, pieces(x, w))
+        products.add_to_input(dx, g, w, pieces(x, w), first=first)
+        products.add_to_weight(dw, g, x, pieces(x, w), first=first)
     assert len(ran) >= 4
     close(plain, x.double() @ w.double().t())
     close(out, x.double() @ w.double().t() + bias.double())
@@ -70,20 +77,23 @@ def test_products(shape: tuple[int, int, int], first: bool, onednn: None) -> Non
     assert torch.equal(buffer[:, v:], rest)
 
 
-def test_rows_of_any_stride(onednn: None) -> None:
+def test_rows_of_any_stride(onednn: None, cpu_kernels: None) -> None:
     base = torch.randn(H, 2 * N)
     x, w = base[:, ::2].t(), torch.randn(V, H)
     out, dw = torch.empty(N, V), torch.empty(V, H)
     grad = torch.randn(N, V)
     with onednn_products() as ran:
-        products.logits(x, w, None, out)
-        products.add_to_weight(dw, grad, x, first=True)
+        products.logits(x, w, None, out, pieces(x, w))
+        products.add_to_weight(dw, grad, x, pieces(x, w), first=True)
     assert ran
     close(out, x.double() @ w.double().t())
     close(dw, grad.double().t() @ x.double())
 
 
-@pytest.mark.parametrize("shape", [(N, H, V), (32, 64, 8192), (80, 2048, 512), (500, 64, 5000)], ids=str)
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="oneDNN is used with AVX-512 only")
+@pytest.mark.parametrize(
+    "shape", [(N, H, V), (32, 64, 8192), (80, 2048, 512), (500, 64, 5000), (64, 16000, 300), (300, 64, 1025)], ids=str
+)
 def test_same_bits_from_run_to_run_and_from_one_thread_to_two(shape: tuple[int, int, int], onednn: None) -> None:
     n, h, v = shape
     x, w, target = torch.randn(n, h, requires_grad=True), torch.randn(v, h, requires_grad=True), torch.randint(v, (n,))
@@ -147,6 +157,28 @@ def test_every_way_gives_what_it_gives_without_onednn(
         torch.testing.assert_close(a.double(), b.double(), rtol=ulp, atol=float(ulp * b.detach().abs().max() / 4))
 
 
+@pytest.mark.parametrize("make", [lambda: torch.randn(2 * V)[::2] * 3, lambda: torch.ones(1).expand(V)])
+@pytest.mark.parametrize("teacher", [False, True])
+def test_bias_of_any_stride(teacher: bool, make: Callable[[], Tensor], onednn: None, cpu_kernels: None) -> None:
+    x, w, bias = torch.randn(N, H), torch.randn(V, H), make()
+    target: Any = torch.randint(V, (N,))
+    want_target: Any = target
+    if teacher:
+        target = softce.LinearTeacher(x.flip(0), w, bias)
+        want_target = (x.flip(0).double() @ w.double().t() + bias.double()).softmax(1)
+    want = torch.nn.functional.cross_entropy(x.double() @ w.double().t() + bias.double(), want_target)
+    with onednn_products() as ran:
+        got = softce.linear_cross_entropy(x, w, target, linear_bias=bias)
+    assert ran
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)  # type: ignore[union-attr]
+
+
+def test_what_a_budget_leaves_room_for(onednn: None) -> None:
+    x, w, _ = small((1024, 2048, 4096))
+    assert pieces(x, w).classes == pieces(x, w, 1 << 30).classes == 256
+    assert pieces(x, w, 16 << 20).classes == 0  # two matrices like x are as much
+
+
 def small(shape: tuple[int, int, int] = (N, H, V), dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     n, h, v = shape
     return torch.randn(n, h, dtype=dtype), torch.randn(v, h, dtype=dtype), torch.empty(n, v, dtype=dtype)
@@ -163,16 +195,17 @@ def gaps() -> tuple[Tensor, Tensor, Tensor]:
         lambda: small((16, 512, 4096)),
         lambda: small((512, 16, 4096)),
         lambda: small((512, 512, 200)),
+        lambda: small((64, 20_000, 300)),
         lambda: small((64, 64, 1024)),
         lambda: small(dtype=torch.float64),
         gaps,
     ],
-    ids=["few rows", "few hidden values", "few classes", "little work", "float64", "a weight with gaps"],
+    ids=["few rows", "few hidden values", "few classes", "long sums", "little work", "float64", "a weight with gaps"],
 )
 def test_what_onednn_is_not_given(make: Callable[[], tuple[Tensor, Tensor, Tensor]], onednn: None) -> None:
     x, w, out = make()
     with onednn_products() as ran:
-        products.logits(x, w, None, out)
+        products.logits(x, w, None, out, pieces(x, w))
     assert not ran
     close(out, x.double() @ w.double().t())
 
@@ -180,25 +213,25 @@ def test_what_onednn_is_not_given(make: Callable[[], tuple[Tensor, Tensor, Tenso
 def test_torchs_own_switches_reach_the_products(onednn: None) -> None:
     x, w, out = small()
     with onednn_products() as ran, torch.backends.mkldnn.flags(enabled=False):
-        products.logits(x, w, None, out)
+        products.logits(x, w, None, out, pieces(x, w))
     assert not ran
     before = torch.backends.mkldnn.matmul.fp32_precision
     try:
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
         with onednn_products() as ran:
-            products.logits(x, w, None, out)
+            products.logits(x, w, None, out, pieces(x, w))
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
     assert not ran
     with onednn_products() as ran:
-        products.logits(x, w, None, out)
+        products.logits(x, w, None, out, pieces(x, w))
     assert ran
 
 
 def test_products_are_counted(onednn: None) -> None:
     x, w, out = small()
     with FlopCounterMode(display=False) as counter:
-        products.logits(x, w, None, out)
+        products.logits(x, w, None, out, pieces(x, w))
     assert counter.get_total_flops() == 2 * N * H * V
 
 
@@ -231,12 +264,27 @@ def test_where_onednn_is_used(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None, raising=False)
+    monkeypatch.setattr(products.CPU, "reason", lambda: None)
     products._processor.cache_clear()
     try:
         reason = products.onednn_refused.__wrapped__()
     finally:
         products._processor.cache_clear()
     assert why in reason and bool(reason) == bool(why)
+
+
+def test_without_the_compiled_library() -> None:
+    script = f"""
+import torch, softce
+from softce.linear import products
+x, w = torch.randn({N}, {H}, requires_grad=True), torch.randn({V}, {H}, requires_grad=True)
+softce.linear_cross_entropy(x, w, torch.zeros({N}, dtype=torch.int64)).backward()
+assert x.grad.isfinite().all() and w.grad.isfinite().all()
+assert products.onednn_refused() == "the compiled library cannot be used"
+"""
+    environment = {**os.environ, "SOFTCE_LIBRARY": "/nowhere/libsoftce.so", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=environment, check=True, timeout=120)
 
 
 # ---- the operators behind them ----
@@ -277,7 +325,11 @@ def test_new_empty(cpu_kernels: None) -> None:
         assert made.shape == shape and made.dtype == torch.float32 and made.is_contiguous()
         made.fill_(1.0)
     assert softce.pool_stats()["live_bytes"] >= 12 << 20
-    for size, message in (((1, 1, 1, 1), "at most 3 dimensions, got 4"), ((-1,), "must not be negative")):
+    for size, message in (
+        ((1, 1, 1, 1), "at most 3 dimensions, got 4"),
+        ((-1,), "neither negative nor too large"),
+        ((1 << 21, (1 << 43) + 1), "neither negative nor too large"),
+    ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.softce.new_empty(like, size)
     assert ops.new_empty(like.to("meta"), (3,), torch.float64).device.type == "meta"

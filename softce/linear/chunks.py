@@ -18,8 +18,8 @@ _THIN = 64
 _LARGE = 8192  # classes from which on the weight is not expected in a cache
 _FEW = 384  # rows whose halves would be slower than one chunk of them (N = 192 to 512, H = 512 and 2048)
 _TILE_ROWS = 1024  # rows of a tile over the vocabulary
-# Bytes that a call needs besides its buffers, measured at H = 512 in fresh processes; mostly the BLAS library's packed
-# operands.
+# Bytes that a call needs besides its buffers, measured at H = 512 in fresh processes; mostly operands that the BLAS
+# library packs or oneDNN reorders.
 _RESERVE = 13 << 19
 _RESERVE_TILES = 19 << 19
 _WEIGHT_TILE = 4 << 20  # bytes of half-precision weights that are widened at a time
@@ -97,23 +97,29 @@ def widths(input: Tensor, teacher: Tensor | None, work: torch.dtype) -> tuple[in
     return max(x.shape[-1] for x in inputs), sum(x.dtype != work for x in inputs)
 
 
-def costs(hidden: int, work: torch.dtype, *, copies: bool, widened: int, gathered: bool) -> Costs:
+def costs(hidden: int, work: torch.dtype, *, copies: bool, widened: int, gathered: int) -> Costs:
     """The buffers for rows of ``hidden`` values whose logits are ``work``.
 
     ``copies``: a dense target is gathered, widened or computed chunk by chunk. ``widened``: how many linear maps, of
-    student and teacher, have operands of a lower precision. ``gathered``: rows are picked out.
+    student and teacher, have operands of a lower precision. ``gathered``: how many copies there are of a chunk's
+    rows, picked out of an input or to be spread over a gradient.
     """
     return Costs(
         work.itemsize * (1 + copies),
-        hidden * work.itemsize * (widened + 2 * gathered),
+        hidden * work.itemsize * (widened + gathered),
         _WEIGHT_TILE if widened else 0,
     )
 
 
-def weight_tile(hidden: int, budget: int | None, widened: int) -> int:
-    """Rows of a half-precision weight that are widened at a time, where ``widened`` weights are."""
+def weight_tile(hidden: int, budget: int | None, widened: int, work: torch.dtype) -> int:
+    """Rows of a weight of lower precision that become ``work`` at a time, where ``widened`` weights do."""
     limit = _WEIGHT_TILE if budget is None else min(_WEIGHT_TILE, budget // 4)
-    return max(1, limit // max(1, widened) // (4 * max(1, hidden)))
+    return max(1, limit // max(1, widened) // (work.itemsize * max(1, hidden)))
+
+
+def reserve(budget: int, *, tiled: bool) -> int:
+    """The bytes of ``budget`` that are left to the matrix products."""
+    return min(_RESERVE_TILES, budget // 8 * 5) if tiled else min(_RESERVE, budget // 2)
 
 
 def choose(rows: int, classes: int, cost: Costs, budget: int | None, device: str, *, tiles: bool = True) -> Chunking:
@@ -126,12 +132,12 @@ def choose(rows: int, classes: int, cost: Costs, budget: int | None, device: str
     # for each half would be dear.
     few = rows < _FEW and classes >= _LARGE
     best = min(_ROWS.get(device, _ROWS["cpu"]), rows if few else (rows + 1) // 2)
-    if budget is None or cost.bytes(best, classes) <= budget - min(_RESERVE, budget // 2):
+    if budget is None or cost.bytes(best, classes) <= budget - reserve(budget, tiled=False):
         return Chunking(_even(rows, best), classes)
     # The tile of a widened weight shrinks with the budget (weight_tile).
     room = budget - min(cost.fixed, budget // 4)
-    tile_room = room - min(_RESERVE_TILES, budget // 8 * 5)
-    room -= min(_RESERVE, budget // 2)
+    tile_room = room - reserve(budget, tiled=True)
+    room -= reserve(budget, tiled=False)
     fit = room // (cost.per_row + cost.per_logit * classes)
     if fit >= min(_THIN, best) or not tiles:
         return Chunking(_even(rows, max(1, min(fit, best))), classes)
@@ -158,14 +164,15 @@ def plan_of(
     device: str,
     *,
     copies: bool,
-    gathered: bool,
+    gathered: int,
     teacher: Tensor | None,
+    tiles_copy: bool,
     fused: bool,
 ) -> Plan:
     """The plan of a call over ``rows`` rows; ``copies`` and ``gathered`` as for :func:`costs`.
 
-    ``teacher``: the input of a dense target that is a linear map of its own. ``fused``: gradients are computed with the
-    loss.
+    ``teacher``: the input of a dense target that is a linear map of its own. ``tiles_copy``: a dense target is copied
+    where it comes in tiles. ``fused``: gradients are computed with the loss.
     """
     classes = weight.shape[0]
     work = work_dtype(input.dtype, device)
@@ -173,6 +180,9 @@ def plan_of(
     check_budget(budget, classes, work)
     cost = costs(hidden, work, copies=copies, widened=widened, gathered=gathered)
     chunk = choose(rows, classes, cost, budget, device)
+    if chunk.classes < classes and tiles_copy and not copies:
+        cost = costs(hidden, work, copies=True, widened=widened, gathered=gathered)
+        chunk = choose(rows, classes, cost, budget, device)
     tiled = chunk.classes < classes
     needs = (input.requires_grad, weight.requires_grad)
     needs = needs if any(needs) else (True, True)
@@ -180,7 +190,7 @@ def plan_of(
     taught = 0 if teacher is None else 2 - fused + 2 * tiled
     lengths = input.shape[-1] * own + (0 if teacher is None else teacher.shape[-1] * taught)
     buffers = cost.bytes(chunk.rows, chunk.classes) - cost.fixed
-    buffers += min(cost.fixed, widened * work.itemsize * hidden * weight_tile(hidden, budget, widened))
+    buffers += min(cost.fixed, widened * work.itemsize * hidden * weight_tile(hidden, budget, widened, work))
     held = 4 * (needs[0] * input.numel() + needs[1] * weight.numel()) if input.element_size() < 4 else 0
     logits = rows * classes * acc_dtype(input.dtype).itemsize
     return Plan(

@@ -291,7 +291,8 @@ def plan(
         options.memory_budget,
         kind,
         copies=copies,
-        gathered=mapped,
+        gathered=mapped * (2 + (teacher is not None)),
         teacher=teacher,
+        tiles_copy=isinstance(form, Teacher),
         fused=reduction != "none",
     )

@@ -27,9 +27,12 @@ from ..reduction import per_mean, reduce_stats
 from ..row_losses import phi_of
 from ..target_rows import counts
 from . import row_ops
-from .chunks import Chunking, blocks, choose, costs, weight_tile, widths, work_dtype
+from .chunks import Chunking, blocks, choose, costs, reserve, weight_tile, widths, work_dtype
 from .inputs import Kept, Tensors, Work, keep_rows
 from .map import Map
+from .products import Pieces
+
+_POOLED = 64 << 20  # bytes of a memory budget from which on the pool's rounding does not count
 
 
 class Loop:
@@ -48,16 +51,17 @@ class Loop:
         if self.tiled and work.spec.dense_kind == DENSE_LOGITS and not self.copies:
             self.copies = True  # tiles of teacher logits become probabilities in place
             self.chunk = self._choose(hidden, widened, tiles)
-        size = self.chunk.rows * self.chunk.classes
-        self.buffer = ops.new_empty(t.input, (size,), self.dtype)
-        self.dense = ops.new_empty(t.input, (size,), self.dtype) if self.copies else None
-        tile = weight_tile(hidden, work.budget, widened)
-        self.student = Map(t.input, t.linear_weight, t.linear_bias, t.rows, needs[:3], tile, self.dtype)
+        self.buffer = self._new_buffer()
+        self.dense = self._new_buffer() if self.copies else None
+        tile = weight_tile(hidden, work.budget, widened, self.dtype)
+        student = (t.input, t.linear_weight, t.linear_bias)
+        self.student = Map(*student, t.rows, needs[:3], tile, self.dtype, self._pieces(t.input))
         self.teacher: Map | None = None
         if t.teacher_input is not None:
             assert t.teacher_weight is not None
             teacher = (t.teacher_input, t.teacher_weight, t.teacher_bias)
-            self.teacher = Map(*teacher, t.target_rows, needs[8:11], tile, self.dtype)
+            pieces = self._pieces(t.teacher_input)
+            self.teacher = Map(*teacher, t.target_rows, needs[8:11], tile, self.dtype, pieces)
         # Of all rows; only where a teacher's logits come in tiles, whose softmax would be over the tile.
         teacher_tiles = self.tiled and work.spec.dense_kind == DENSE_LOGITS
         self.teacher_lse = t.input.new_empty((t.row_count,), dtype=self.acc) if teacher_tiles else None
@@ -65,9 +69,21 @@ class Loop:
 
     def _choose(self, hidden: int, widened: int, tiles: bool) -> Chunking:
         t = self.tensors
-        gathered = t.rows is not None or t.target_rows is not None
+        gathered = (t.rows is not None or t.target_rows is not None) * (2 + (t.teacher_input is not None))
         cost = costs(hidden, self.dtype, copies=self.copies, widened=widened, gathered=gathered)
         return choose(t.row_count, t.classes, cost, self.work.budget, t.input.device.type, tiles=tiles)
+
+    def _new_buffer(self) -> Tensor:
+        """Memory for a block. The pool's comes in pieces of 2 MiB, which a small budget has no room for."""
+        size, budget = self.chunk.rows * self.chunk.classes, self.work.budget
+        if budget is not None and budget < _POOLED:
+            return self.tensors.input.new_empty((size,), dtype=self.dtype)
+        return ops.new_empty(self.tensors.input, (size,), self.dtype)
+
+    def _pieces(self, input: Tensor) -> Pieces:
+        budget = self.work.budget
+        room = None if budget is None else reserve(budget, tiled=self.tiled)
+        return Pieces.of(self.chunk.rows, input.shape[1], self.chunk.classes, room)
 
     @property
     def tiled(self) -> bool:

@@ -24,10 +24,12 @@ class Map:
         needs: tuple[bool, ...],
         tile: int,
         work: torch.dtype,
+        pieces: products.Pieces,
     ) -> None:
         self.input, self.weight, self.rows = input, weight, rows
         self.work = work  # of a teacher the student's: their logits go through buffers of one dtype
-        self.bias = None if bias is None else bias.to(self.work)
+        self.bias = None if bias is None else bias.to(self.work).contiguous()
+        self.pieces = pieces
         # Rows of the weight that are widened at a time; None: none need to be.
         self.tile = None if weight.dtype == self.work else tile
         size = min(tile, weight.shape[0]) * weight.shape[1]
@@ -61,14 +63,14 @@ class Map:
         """``out = x W[lo:hi]^T + b[lo:hi]``"""
         for begin, end, weight in self._weights(lo, hi):
             bias = None if self.bias is None else self.bias[begin:end]
-            products.logits(self.x, weight, bias, out[:, begin - lo : end - lo])
+            products.logits(self.x, weight, bias, out[:, begin - lo : end - lo], self.pieces)
 
     def add(self, lo: int, hi: int, grad: Tensor) -> None:
         """Add what the gradient ``grad`` of this block's logits gives."""
         if self.dinput is not None:
             self._add_input(lo, hi, grad)
         if self.dweight is not None:
-            products.add_to_weight(self.dweight[lo:hi], grad, self.x, first=lo not in self.begun)
+            products.add_to_weight(self.dweight[lo:hi], grad, self.x, self.pieces, first=lo not in self.begun)
             self.begun.add(lo)
         if self.dbias is not None:
             self.dbias[lo:hi] += grad.sum(0, dtype=self.dbias.dtype)
@@ -79,7 +81,7 @@ class Map:
         out = self.dinput[self.a : self.b] if whole else grad.new_empty(self.x.shape, dtype=self.dinput.dtype)
         for begin, end, weight in self._weights(lo, hi):
             first = begin == 0 if whole else begin == lo
-            products.add_to_input(out, grad[:, begin - lo : end - lo], weight, first=first)
+            products.add_to_input(out, grad[:, begin - lo : end - lo], weight, self.pieces, first=first)
         if not whole:
             assert self.rows is not None
             self.dinput.index_add_(0, self.rows[self.a : self.b], out)

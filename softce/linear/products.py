@@ -13,18 +13,22 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from .._library import CPU
 from ..dispatch import is_plain
 
 _FAMILY = 26  # AMD's number of Zen 5: the first whose AVX-512 units are as wide as the registers
 _FEWEST = 32  # of rows and of hidden values, and
 _SMALLEST = 1 << 23  # multiplications, below which handing pieces around takes longer than MKL does
-_PIECE = 1 << 18  # elements of a piece's result, or of what goes into it
+_LONGEST = (
+    1 << 14
+)  # hidden values: longer sums are shared out among threads, and their bits depend on how many there are
+_PIECE = 1 << 19  # elements of a piece's result, or of what goes into it
 _PIECES = (256, 1024)  # classes of a piece: fewer are slow, more are no faster
 
 
@@ -44,6 +48,8 @@ def _processor() -> tuple[str, int]:
 @cache
 def onednn_refused() -> str:
     """Why float32 products on this machine's CPU are left to torch's BLAS library; empty if oneDNN computes them."""
+    if CPU.reason() is not None:
+        return "the compiled library cannot be used"
     vendor, family = _processor()
     if vendor != "AuthenticAMD" or family < _FAMILY:
         return "MKL is as fast on this processor, or it was not compared there"
@@ -58,23 +64,40 @@ def onednn_refused() -> str:
     return ""
 
 
-def _by_onednn(x: Tensor, weight: Tensor, other: Tensor) -> bool:
-    """Whether oneDNN multiplies for this map of ``x`` ``(n, H)`` and ``weight`` ``(V, H)``; ``other`` is the third."""
-    (n, hidden), classes = x.shape, weight.shape[0]
-    if min(n, hidden) < _FEWEST or classes < _PIECES[0] or n * hidden * classes < _SMALLEST:
-        return False
-    if onednn_refused() or not all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, weight, other)):
-        return False
-    # A weight with gaps takes its slow way, a hundred times slower; who counts products is to find them.
-    if not weight.is_contiguous() or not is_plain(weight):
-        return False
-    mkldnn: Any = torch.backends.mkldnn
-    return bool(mkldnn.enabled) and mkldnn.matmul.fp32_precision in ("none", "ieee")
+class Pieces(NamedTuple):
+    """How the products of a map are cut for oneDNN: ``classes`` at a time; 0: torch's own products."""
 
+    classes: int
 
-def _pieces(rows: int, classes: int, hidden: int) -> list[tuple[int, int]]:
-    size = min(max(_PIECE // max(rows, hidden), _PIECES[0]), _PIECES[1])
-    return [(begin, min(begin + size, classes)) for begin in range(0, classes, size)]
+    @staticmethod
+    def of(rows: int, hidden: int, classes: int, room: int | None) -> Pieces:
+        """For blocks of ``rows`` x ``classes``; what oneDNN needs beside its operands is to fit into ``room`` bytes."""
+        fewest, most = _PIECES
+        few = min(rows, hidden) < _FEWEST or classes < fewest or rows * hidden * classes < _SMALLEST
+        if few or hidden > _LONGEST or onednn_refused():
+            return Pieces(0)
+        if room is None:
+            return Pieces(min(max(_PIECE // max(rows, hidden), fewest), most))
+        # A result and a reordered operand of rows x hidden; of a piece's, what is turned, reordered and comes out.
+        needed = 4 * (2 * rows * hidden + fewest * (rows + 2 * hidden))
+        return Pieces(fewest if needed <= room else 0)
+
+    def fit(self, rows: int, *operands: Tensor) -> bool:
+        """Whether oneDNN is to multiply these, for so many rows of a block."""
+        if (
+            not self.classes
+            or rows < _FEWEST
+            or not all(t.dtype == torch.float32 and t.device.type == "cpu" for t in operands)
+        ):
+            return False
+        # Who counts products through a dispatch mode is to find them.
+        if not is_plain(operands[0]):
+            return False
+        mkldnn: Any = torch.backends.mkldnn
+        return bool(mkldnn.enabled) and mkldnn.matmul.fp32_precision in ("none", "ieee")
+
+    def cut(self, classes: int) -> list[tuple[int, int]]:
+        return [(begin, min(begin + self.classes, classes)) for begin in range(0, classes, self.classes)]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -83,11 +106,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return found
 
 
-def logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``out = x weight^T + bias``"""
-    if _by_onednn(x, weight, out):
+def logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, pieces: Pieces) -> None:
+    """``out = x weight^T + bias``; ``bias`` is contiguous."""
+    # A weight with gaps takes oneDNN's slow way, a hundred times slower.
+    if weight.is_contiguous() and pieces.fit(x.shape[0], weight, x, out):
         x = x.contiguous()
-        for a, b in _pieces(x.shape[0], *weight.shape):
+        for a, b in pieces.cut(weight.shape[0]):
             out[:, a:b] = _linear(x, weight[a:b], None if bias is None else bias[a:b])
     elif bias is None:
         torch.mm(x, weight.t(), out=out)
@@ -95,22 +119,21 @@ def logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def add_to_input(out: Tensor, grad: Tensor, weight: Tensor, *, first: bool) -> None:
+def add_to_input(out: Tensor, grad: Tensor, weight: Tensor, pieces: Pieces, *, first: bool) -> None:
     """``out = grad weight``, added to what is there unless ``first``."""
-    if out.dtype == torch.float32 and _by_onednn(out, weight, grad):
-        for a, b in _pieces(grad.shape[0], *weight.shape):
+    if weight.is_contiguous() and pieces.fit(grad.shape[0], weight, grad, out):
+        for a, b in pieces.cut(weight.shape[0]):
             _put(out, _linear(grad[:, a:b], weight[a:b].t()), first=first and a == 0)
     else:
         _accumulate(out, grad, weight, first=first)
 
 
-def add_to_weight(out: Tensor, grad: Tensor, x: Tensor, *, first: bool) -> None:
+def add_to_weight(out: Tensor, grad: Tensor, x: Tensor, pieces: Pieces, *, first: bool) -> None:
     """``out = grad^T x``, added to what is there unless ``first``."""
-    if out.dtype == torch.float32 and _by_onednn(x, out, grad):
-        pieces = _pieces(x.shape[0], *out.shape)
-        turned = grad.new_empty((pieces[0][1], grad.shape[0]))
+    if pieces.fit(grad.shape[0], out, grad, x):
+        turned = grad.new_empty((pieces.classes, grad.shape[0]))
         x = x.contiguous().t()
-        for a, b in pieces:
+        for a, b in pieces.cut(out.shape[0]):
             ops.transpose_(grad[:, a:b], turned[: b - a])
             _put(out[a:b], _linear(turned[: b - a], x), first=first)
     else:
