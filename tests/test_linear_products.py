@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import softce
-from softce import Options, ops
+from softce import Options
 from softce.linear import products
 
 N, H, V = 128, 96, 3000  # enough for oneDNN, and classes that no piece divides
@@ -285,54 +285,6 @@ assert products.onednn_refused() == "the compiled library cannot be used"
 """
     environment = {**os.environ, "SOFTCE_LIBRARY": "/nowhere/libsoftce.so", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=environment, check=True, timeout=120)
-
-
-# ---- the operators behind them ----
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (3, 200), (513, 1000), (0, 4), (4, 0)], ids=str)
-def test_transpose(shape: tuple[int, int], cpu_kernels: None) -> None:
-    rows, columns = shape
-    x = torch.randn(rows, columns + 7)[:, 3 : 3 + columns]
-    out = torch.full((columns + 2, rows), 7.0)
-    for count in (1, 2):
-        with threads(count):
-            ops.transpose_(x, out[1:-1])
-        assert torch.equal(out[1:-1], x.t())
-        assert (out[0] == 7).all() and (out[-1] == 7).all()
-        out[1:-1] = 0
-    torch.library.opcheck(ops.transpose_, (x, torch.empty(columns, rows)))
-
-
-def test_transpose_refuses(cpu_kernels: None) -> None:
-    x = torch.randn(4, 6)
-    for args, message in (
-        ((x.double(), x.t().contiguous()), "x must be float32, got float64"),
-        ((x[0], x), "x must be a matrix"),
-        ((x.t(), x), "stride 1 in the last dimension"),
-        ((x, x), r"out must have shape \(6, 4\), got \(4, 6\)"),
-        ((x, torch.empty(4, 6).t()), "out must be contiguous"),
-        ((x, x.view(6, 4)), "out must not share memory with x"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            ops.transpose_(*args)
-
-
-def test_new_empty(cpu_kernels: None) -> None:
-    like = torch.empty(0, dtype=torch.bfloat16)
-    for shape in ((), (0,), (3, 4), (2, 3, 5), (1 << 20, 3)):
-        made = ops.new_empty(like, shape, torch.float32)
-        assert made.shape == shape and made.dtype == torch.float32 and made.is_contiguous()
-        made.fill_(1.0)
-    assert softce.pool_stats()["live_bytes"] >= 12 << 20
-    for size, message in (
-        ((1, 1, 1, 1), "at most 3 dimensions, got 4"),
-        ((-1,), "neither negative nor too large"),
-        ((1 << 21, (1 << 43) + 1), "neither negative nor too large"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.softce.new_empty(like, size)
-    assert ops.new_empty(like.to("meta"), (3,), torch.float64).device.type == "meta"
 
 
 def test_buffers_and_gradients_come_from_the_pool(cpu_kernels: None) -> None:
