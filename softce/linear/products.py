@@ -26,7 +26,7 @@ _FAMILY = 26  # AMD's number of Zen 5: the first whose AVX-512 units are as wide
 _FEWEST = 32  # of rows and of hidden values, and
 _SMALLEST = 1 << 23  # multiplications, below which handing pieces around takes longer than MKL does
 _LONGEST = 1 << 14  # hidden values: longer sums are shared out among threads, and their bits tell among how many
-_PIECE = 1 << 19  # elements of a piece's result, or of what goes into it
+_PIECE = 1 << 18  # elements of a result: more are no faster, and peak memory grows by them
 _PIECES = (256, 1024)  # classes of a piece: fewer are slow, more are no faster
 
 
