@@ -83,11 +83,7 @@ std::tuple<Tensor, Tensor> binary_fused(const Tensor& input, const Tensor& targe
 
   const int64_t pieces = (call.n + cpu::kBinaryPiece - 1) / cpu::kBinaryPiece;
   Job job{call, chosen_piece(), std::vector<double>(static_cast<size_t>(pieces))};
-  if (pieces > 1) {
-    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, pieces, 1, run_pieces, &job));
-  } else {
-    run_pieces(0, pieces, &job);
-  }
+  parallel_for(pieces, 1, run_pieces, &job);
   double sum = 0;
   for (const double part : job.sums) sum += part;
   sum *= scale;

@@ -195,15 +195,6 @@ Call call_of(const Tensor& logits, const TargetArgs& target, int64_t ignore_inde
 
 // ---- running ----
 
-void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  if (grain < 1) grain = 1;
-  if (n <= grain) {
-    if (n > 0) body(0, n, context);
-    return;
-  }
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, context));
-}
-
 // std::out_of_range reaches Python as IndexError. The beginning of the message is part of the interface.
 [[noreturn]] void fail_index(const BadIndex& bad, const Call& call) {
   std::ostringstream message;

@@ -158,4 +158,14 @@ inline Tensor new_tensor(const int64_t* sizes, int64_t dim, int32_t dtype) {
   return Tensor(handle);
 }
 
+// Over torch's threads; small jobs stay with the caller.
+inline void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (grain < 1) grain = 1;
+  if (n <= grain) {
+    if (n > 0) body(0, n, context);
+    return;
+  }
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, context));
+}
+
 }  // namespace softce

@@ -43,12 +43,7 @@ void transpose_(const Tensor& x, const Tensor& out) {
   Job job{static_cast<const float*>(from.data), static_cast<float*>(to.data), from.sizes[0], from.sizes[1],
           from.strides[0]};
   const int64_t blocks = (job.columns + kColumns - 1) / kColumns;
-  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 15) / (job.rows * kColumns));
-  if (blocks <= grain) {
-    columns(0, blocks, &job);
-  } else {
-    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, blocks, grain, columns, &job));
-  }
+  parallel_for(blocks, (int64_t{1} << 15) / (job.rows * kColumns), columns, &job);
 }
 
 }  // namespace

@@ -97,12 +97,16 @@ def widths(input: Tensor, teacher: Tensor | None, work: torch.dtype) -> tuple[in
     return max(x.shape[-1] for x in inputs), sum(x.dtype != work for x in inputs)
 
 
+def row_copies(gathered: bool, teacher: Tensor | None) -> int:
+    """How many copies of a chunk's rows there are where rows are picked out: of each input, and of the gradient."""
+    return gathered * (2 + (teacher is not None))
+
+
 def costs(hidden: int, work: torch.dtype, *, copies: bool, widened: int, gathered: int) -> Costs:
     """The buffers for rows of ``hidden`` values whose logits are ``work``.
 
     ``copies``: a dense target is gathered, widened or computed chunk by chunk. ``widened``: how many linear maps, of
-    student and teacher, have operands of a lower precision. ``gathered``: how many copies there are of a chunk's
-    rows, picked out of an input or to be spread over a gradient.
+    student and teacher, have operands of a lower precision. ``gathered``: :func:`row_copies`.
     """
     return Costs(
         work.itemsize * (1 + copies),

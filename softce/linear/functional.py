@@ -25,7 +25,7 @@ from ..settings import Stats, check_extras, check_row_weight, check_types, check
 from ..target_rows import check_class_factor
 from ..targets import ClassProbabilities, Target, Teacher, as_target
 from .call import LinearMap, Rows, autocast, loss_of
-from .chunks import Plan, check_budget, plan_of, work_dtype
+from .chunks import Plan, check_budget, plan_of, row_copies, work_dtype
 from .inputs import check_index
 from .targets import LinearTeacher, as_form, check_linear
 
@@ -291,7 +291,7 @@ def plan(
         options.memory_budget,
         kind,
         copies=copies,
-        gathered=mapped * (2 + (teacher is not None)),
+        gathered=row_copies(mapped, teacher),
         teacher=teacher,
         tiles_copy=isinstance(form, Teacher),
         fused=reduction != "none",

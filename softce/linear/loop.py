@@ -27,7 +27,7 @@ from ..reduction import per_mean, reduce_stats
 from ..row_losses import phi_of
 from ..target_rows import counts
 from . import row_ops
-from .chunks import Chunking, blocks, choose, costs, reserve, weight_tile, widths, work_dtype
+from .chunks import Chunking, blocks, choose, costs, reserve, row_copies, weight_tile, widths, work_dtype
 from .inputs import Kept, Tensors, Work, keep_rows
 from .map import Map
 from .products import Pieces
@@ -69,7 +69,7 @@ class Loop:
 
     def _choose(self, hidden: int, widened: int, tiles: bool) -> Chunking:
         t = self.tensors
-        gathered = (t.rows is not None or t.target_rows is not None) * (2 + (t.teacher_input is not None))
+        gathered = row_copies(t.rows is not None or t.target_rows is not None, t.teacher_input)
         cost = costs(hidden, self.dtype, copies=self.copies, widened=widened, gathered=gathered)
         return choose(t.row_count, t.classes, cost, self.work.budget, t.input.device.type, tiles=tiles)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import ops
 from .._library import CPU
 from ..dispatch import is_plain
+from .chunks import blocks
 
 _FAMILY = 26  # AMD's number of Zen 5: the first whose AVX-512 units are as wide as the registers
 _FEWEST = 32  # of rows and of hidden values, and
@@ -95,7 +96,8 @@ class Pieces(NamedTuple):
         return bool(mkldnn.enabled) and mkldnn.matmul.fp32_precision in ("none", "ieee")
 
     def cut(self, classes: int) -> list[tuple[int, int]]:
-        return [(begin, min(begin + self.classes, classes)) for begin in range(0, classes, self.classes)]
+        """``(begin, end)`` of each piece."""
+        return blocks(classes, self.classes)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
