@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The compiled CPU kernels alone: row operations against the equation in float64, for every instruction set here.
 
-Shapes are chosen for the kernels' branches: tails behind full vectors, blocks of 2048 classes, rows that threads share,
+Shapes are chosen for the kernels' branches: tails behind full vectors, blocks of 16384 classes, rows that threads share,
 tiles of short rows and of planes, rows that start anywhere within a vector.
 """
 
@@ -143,47 +143,71 @@ def test_streamed_outputs(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) 
     """Gradients large enough to be written past the caches, with row starts that no vector is aligned to."""
     shape = (shape[0] * 4 // dtype.itemsize, *shape[1:])
     x = logits_for(shape, dtype)
-    for kind in ("indices", "probs"):
+    for kind in ("indices", "probs", "teacher"):
+        spec = spec_for(kind, shape[1], mix_a=0.9, mix_b=0.1 / shape[1])
         target = target_for(kind, x)
-        _, g, _ = fused_of(x, target, Spec(mix_a=0.9, mix_b=0.1 / shape[1]), mean=False)
+        _, g, _ = fused_of(x, target, spec, mean=False)
         over = x.clone()
-        ops.row_fused_(over, *target, None, IGNORE, list(Spec(mix_a=0.9, mix_b=0.1 / shape[1])), False, False)
+        ops.row_fused_(over, *target, None, IGNORE, list(spec), False, False)
         assert torch.equal(g, over)  # in place is streamed, or not, by another rule
         few = torch.randint(0, len(x), (3,)) if x.dim() == 2 else torch.tensor([1])
         part = target._replace(
             index=None if target.index is None else target.index.view(len(x), -1)[few].view(-1, 1),
             dense=None if target.dense is None else target.dense[few],
         )
-        truth = Truth(x[few], part, Spec(mix_a=0.9, mix_b=0.1 / shape[1]))
+        truth = Truth(x[few], part, spec)
         _, want, push = truth.fused(None, False)
         assert_gradient(g[few], like(want, x[few]), "streamed", push)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_around_a_block(isa: str, dtype: torch.dtype, kind: str) -> None:
+    """Rows that end a little before or behind a block, or a part of one whose sums are put away."""
+    for classes in (2048 + 63, 4096 + 64, 16383, 16384, 16385, 16384 + 2048, 2 * 16384 + 65):
+        x = logits_for((3, classes), dtype)
+        check(x, target_for(kind, x), spec_for(kind, classes, mix_a=0.9, mix_b=0.1 / classes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("classes", [4099, 20000])
-def test_rows_that_follow_one_another(isa: str, dtype: torch.dtype, in_place: bool, classes: int) -> None:
-    """A row is written while the next is read: rows of other scales, ignored rows and nan do not touch neighbours."""
-    x = logits_for((24, classes), dtype)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows, classes", [(24, 4099), (24, 20000), (24, 33000), (700, 71), (60, 1000)])
+def test_rows_that_follow_one_another(
+    isa: str, dtype: torch.dtype, in_place: bool, kind: str, rows: int, classes: int
+) -> None:
+    """A row is written while the next is read: rows of other scales, masked ones and nan do not touch neighbours."""
+    x = logits_for((rows, classes), dtype)
+    target, spec = target_for(kind, x), spec_for(kind, classes, mix_a=0.9)
     x[1] *= 60  # its reference is taken again, block after block
     x[3:5] += 300
-    x[5, : classes * 2 // 3] = -math.inf
+    x[6:8] -= 40
     x[8] = -math.inf
     x[10, 7] = math.nan
-    index = torch.randint(0, classes, (24, 1))
-    index[5] = classes - 1
-    index[[0, 2, 11, 12, 23]] = IGNORE
-    target, spec = KernelTarget(index=index), Spec(mix_a=0.9, mix_b=0.0)
+    x[12, ::2] = -math.inf  # without weight
+    dense, index = target.dense, target.index
+    if dense is not None:
+        dense[12, ::2] = -math.inf if kind == "teacher" else 0.0
+        dense[14] += 200 if kind == "teacher" else 0
+    else:
+        assert index is not None
+        index[12] = classes - 1 - classes % 2  # an odd one
+        x[5, : classes * 2 // 3] = -math.inf
+        index[5] = classes - 1
+        index[[0, 2, 11, 13, rows - 1]] = IGNORE
+        target = target._replace(rest=None)
     got = x.clone()
     if in_place:
         loss, _ = ops.row_fused_(got, *target, None, IGNORE, list(spec), False, False)
     else:
         loss, got, _ = fused_of(x, target, spec, mean=False)
-    assert loss.isnan()
+    ignored = torch.zeros(rows, dtype=torch.bool) if index is None else (index == IGNORE).all(1)
     bad = torch.tensor([8, 10])
-    assert got[bad].isnan().all() and (got[[0, 2, 11, 12, 23]] == 0).all()
-    fine = torch.tensor([r for r in range(24) if r not in (8, 10)])
-    part = target._replace(index=index[fine])
+    if not ignored[bad].all():
+        assert loss.isnan()
+    assert got[bad][~ignored[bad]].isnan().all() and (got[ignored] == 0).all()
+    fine = torch.tensor([r for r in range(rows) if r not in (8, 10)])
+    part = KernelTarget(*(t if t is None else t[fine] for t in target))
     _, want, push = Truth(x[fine], part, spec).fused(None, False)
     assert_gradient(got[fine], like(want, x[fine]), "rows", push)
 

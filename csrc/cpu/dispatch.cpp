@@ -179,8 +179,8 @@ bool accept(const Survey& found, BadIndex* bad) {
 
 // Gradients that no cache will hold are written past it.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
-// In place, only from rows that do not stay in the cache until they are overwritten.
-constexpr int64_t kLongRowBytes = int64_t{256} << 10;
+// In place, only where rows go one by one: a tile of short rows is still in the near caches when it is overwritten.
+constexpr int64_t kLongRowBytes = int64_t{32} << 10;
 
 void write_to(Call& call, const Problem& p, const Block& out) {
   const int64_t size = p.logits.dtype == DType::f64 ? 8 : p.logits.dtype == DType::f32 ? 4 : 2;

@@ -33,6 +33,9 @@ namespace {
 //
 #include "group.h"
 #include "planes.h"
+//
+#include "short_write.h"
+//
 #include "short_rows.h"
 
 template <class A>

@@ -3,8 +3,8 @@
 // scratch row that stays in cache, the second turns it into the gradient. Included inside the namespace of an
 // instruction set.
 
-constexpr int64_t kBlock = 2048;          // classes a sweep call
-constexpr int64_t kChunk = 16 * kBlock;   // classes a task, where a row is shared by threads
+constexpr int64_t kBlock = 1 << 14;       // classes a sweep call
+constexpr int64_t kChunk = 1 << 15;       // classes a task, where a row is shared by threads
 constexpr int64_t kFewRows = 16;          // fewer rows than this are shared
 constexpr int64_t kTask = 1 << 15;        // elements a task, at least, where rows are dealt out
 constexpr int64_t kScratchRow = 1 << 18;  // elements of scratch for rows that are shared
@@ -18,6 +18,9 @@ template <class A>
 struct Sweeps {
   Sums (*first)(const Context<A>&, const Piece<A>&, Refs&);  // may find out that the row is masked
   void (*second)(const Context<A>&, const Piece<A>&, const Refs&, const Factors&, int64_t row);
+  // The first sweep over a block and, turn by turn with it, the second over that of the row before which lies at the
+  // same place of scratch. Null: one sweep after the other.
+  Sums (*both)(const Context<A>&, const Piece<A>&, Refs&, const Piece<A>& before, const Factors&) = nullptr;
   // A unit of scratch holds `pairs` even elements, then as many odd ones; 1: elements in their order. 0: the second
   // sweep takes sparse entries itself.
   int64_t pairs = 0;
@@ -90,11 +93,13 @@ struct Rows {
   }
 
   // First sweep over a block. refs: one a block, used by the second sweep; null for stats.
-  SOFTCE_INLINE void first(int64_t r, const Cut& cut, int64_t k, A* e, Refs* refs, Sums& sums, Refs& at) const {
+  template <class Sweep>
+  SOFTCE_INLINE void first(int64_t r, const Cut& cut, int64_t k, A* e, Refs* refs, Sums& sums, Refs& at,
+                           Sweep sweep) const {
     if (cut.size(k) > 0) {
       const Piece<A> p = piece(r, cut, k, e);
       Refs now = at;
-      Sums part = sweeps.first(ctx, p, now);
+      Sums part = sweep(p, now);
       const bool again = replace_ref<A>(now.x, now.known, part.top);
       const bool teacher_again = ctx.teacher && replace_ref<A>(now.teacher, now.teacher_known, part.ttop);
       if (again || teacher_again) part = sweeps.first(ctx, p, now);
@@ -102,6 +107,10 @@ struct Rows {
       at = now;
     }
     if (refs) refs[k] = at;
+  }
+
+  SOFTCE_INLINE void first(int64_t r, const Cut& cut, int64_t k, A* e, Refs* refs, Sums& sums, Refs& at) const {
+    first(r, cut, k, e, refs, sums, at, [&](const Piece<A>& p, Refs& now) { return sweeps.first(ctx, p, now); });
   }
 
   // Takes the sparse entries off scratch, where the second sweep then finds them.
@@ -135,16 +144,6 @@ struct Rows {
     } else {
       for (int64_t c = 0; c < ctx.classes; ++c) __builtin_memset(out + c * stride, 0, ctx.size);
     }
-  }
-
-  SOFTCE_INLINE void second(int64_t r, const Cut& cut, int64_t k, A* e, const Refs* refs, const double* a,
-                            const Refs& last, const Factors& f) const {
-    if (cut.size(k) == 0) return;
-    Factors mine = f;
-    mine.a = a[k];
-    mine.b = f.b * ratio(refs[k].x, last.x);
-    if (ctx.teacher) mine.slope = f.slope * ratio(refs[k].teacher, last.teacher);
-    sweeps.second(ctx, piece(r, cut, k, e), refs[k], mine, r);
   }
 
   void block_factors(const Cut& cut, const Refs* refs, const Refs& last, const Factors& f, double* a) const {
@@ -209,13 +208,22 @@ struct Rows {
     Blocks blocks{};
   };
 
+  Factors factors(const Swept& s, int64_t k) const {
+    Factors mine = s.f;
+    mine.a = s.blocks.a[k];
+    mine.b = s.f.b * ratio(s.blocks.refs[k].x, s.last.x);
+    if (ctx.teacher) mine.slope = s.f.slope * ratio(s.blocks.refs[k].teacher, s.last.teacher);
+    return mine;
+  }
   void second(const Swept& s, int64_t k, A* e) const {
-    second(s.row, s.cut, k, e, s.blocks.refs, s.blocks.a, s.last, s.f);
+    if (s.cut.size(k) == 0) return;
+    sweeps.second(ctx, piece(s.row, s.cut, k, e), s.blocks.refs[k], factors(s, k), s.row);
   }
 
-  // Rows [from, to). A row's second sweep goes block by block together with the next row's first: writes and reads of
-  // memory overlap, and a block of scratch is free as soon as its gradient is written. Not with a dense target, which
-  // both sweeps read: then the rows of two targets would compete for the cache, which costs more than is won.
+  // Rows [from, to). A row's second sweep goes together with the next row's first, so that memory always has both reads
+  // and writes to do: a third faster than in turns of a whole block. A turn of scratch is free as soon as its gradient
+  // is written. Sweeps that cannot go together take turns block by block: not with a dense target, which both read and
+  // which would then be wanted for two rows at a time.
   template <class Loss>
   void run_rows(int64_t from, int64_t to, const Space& s, const Loss& loss_of) const {
     Swept waiting;
@@ -231,12 +239,21 @@ struct Rows {
       now.cut = cut(r);
       now.blocks = s.blocks[turn];
       Sums sums;
-      if (!ctx.sparse) flush();
+      if (!ctx.sparse && !sweeps.both) flush();
       const int64_t pending = waiting.row >= 0 ? waiting.cut.blocks : 0;
+      Refs* refs = ctx.call.op == Op::stats ? nullptr : now.blocks.refs;
       for (int64_t k = 0; k < now.cut.blocks || k < pending; ++k) {
+        // Block 0 is no more than a few elements.
+        const bool together = sweeps.both && k > 0 && k < pending && k < now.cut.blocks;
+        if (together && waiting.cut.size(k) > 0 && now.cut.size(k) > 0) {
+          const Piece<A> before = piece(waiting.row, waiting.cut, k, s.e);
+          const Factors f = factors(waiting, k);
+          first(r, now.cut, k, s.e, refs, sums, now.last,
+                [&](const Piece<A>& p, Refs& at) { return sweeps.both(ctx, p, at, before, f); });
+          continue;
+        }
         if (k < pending) second(waiting, k, s.e);
-        if (k < now.cut.blocks)
-          first(r, now.cut, k, s.e, ctx.call.op == Op::stats ? nullptr : now.blocks.refs, sums, now.last);
+        if (k < now.cut.blocks) first(r, now.cut, k, s.e, refs, sums, now.last);
       }
       waiting.row = -1;
       if (settle(r, now.cut, s.e, now.blocks.refs, sums, now.last, now.f, now.blocks.a, loss_of(r))) {
@@ -316,7 +333,7 @@ struct Rows {
       each_chunk([&](int64_t row, const Cut& cut, int64_t from, int64_t to, Part&) {
         const Space s = space(memory + each * size_t(row));
         for (int64_t k = from; states[row].live && k < to; ++k)
-          second(r0 + row, cut, k, s.e, s.blocks[0].refs, s.blocks[0].a, states[row].last, states[row].f);
+          second({r0 + row, cut, states[row].last, states[row].f, s.blocks[0]}, k, s.e);
       });
     }
     return loss;

@@ -5,6 +5,7 @@
 
 constexpr int64_t kShort = 2048;        // classes, at most
 constexpr int64_t kTileSize = 1 << 14;  // elements of a tile, about
+constexpr int64_t kPart = 192;          // elements that are read before as many of the tile before are written
 constexpr int64_t kWide = 64;           // classes from which on it pays to add up row by row within a tile
 
 template <class X, class D, Kind kKind, bool kWeighted>
@@ -17,7 +18,8 @@ struct ShortRows {
   static constexpr int kLane = kLanes<A>;
   static constexpr bool kBase = kKind == Kind::base, kDense = kKind == Kind::probs;
   static constexpr int kAhead = prefetch_bytes(kDense) / int(sizeof(Elem));  // elements
-  static constexpr int64_t kPadded = kLane;                                  // elements behind each array of a tile
+  static_assert(kPart % (4 * kLane) == 0, "parts are whole fours");
+  static constexpr int64_t kPadded = kLane;  // elements behind each array of a tile
   static_assert(X::NV == 1 && D::NV == 1, "one vector a unit");
 
   const Context<A>& ctx;
@@ -26,23 +28,15 @@ struct ShortRows {
 
   const Lap<A> lap{classes};
 
-  // Arrays of one value a class of every row, and the rows' places in the tensors (or in copies, where the tensor's
-  // rows do not follow each other).
-  struct Tile {
-    Group<A> group;
-    int64_t size;  // elements
-    A *e, *q, *qy, *a, *weight;
-    A* e_sums;  // of wide rows, a vector each; q and qy then have no more than that
-    Elem *x_copy, *out_copy;
-    Dense* d_copy;
-    const Elem* x;
-    const Dense* d;
-  };
+  // A tile of half precision, or of narrow rows, gains nothing by going together with the next.
+  static constexpr bool kApart = sizeof(Elem) < 4;
+  using Tile = ShortTile<X, D>;
+  using Write = ShortWriter<X, D, kKind, kWeighted>;
 
   // The sum of `length` values for every row. Behind the last row of a vector stands its sum again.
   static void sums(const A* values, int64_t n, int64_t length, A* to) {
     const int64_t whole = length / kLane * kLane;
-    const U tail = (U)(lane_numbers() < splat(A(length - whole)));
+    const U tail = (U)(lane_numbers<A>() < splat(A(length - whole)));
     for (int64_t i = 0; i < n; i += kLane) {
       V s[kLane];
 #pragma GCC unroll 16
@@ -54,12 +48,6 @@ struct ShortRows {
       }
       store(to + i, add_each<A>(s));
     }
-  }
-
-  static V lane_numbers() {
-    A lanes[kLane];
-    for (int i = 0; i < kLane; ++i) lanes[i] = A(i);
-    return load<V>(lanes);
   }
 
   // What is added up over a row's classes: e; qy, which is w * y for a base; q.
@@ -103,17 +91,11 @@ struct ShortRows {
     SOFTCE_INLINE void power(V e) const { part(e, row.e, next.e); }
   };
 
-  SOFTCE_INLINE V q_of(V t, V mix_a, V mix_b, const A* weight) const {
-    const V q = fma(t, mix_a, mix_b);
-    return kWeighted ? q * load<V>(weight) : q;
-  }
-
   // The first sweep: leaves e in the tile and hands the rest to a sink, vector by vector.
   // kShifted: tile.a has the rows' shifts.
   template <bool kShifted>
   struct Sweep {
     static constexpr bool kFours = !kShifted;  // shifted rows are rare, not worth as much code
-    const ShortRows& self;
     const Tile& tile;
     const Exp<A, 5>& exp;  // apart, so that what follows can stay in registers
     V scale, mix_a, mix_b;
@@ -128,7 +110,7 @@ struct ShortRows {
         e[i] = y;
         top = vmax(y, top);
         if constexpr (kDense) {
-          const V q = self.q_of(t[i], mix_a, mix_b, tile.weight + to), product = q * y;
+          const V q = Write::q_of(t[i], mix_a, mix_b, tile.weight + to), product = q * y;
           sink.given(to, q == 0 ? V{} : product, q);
         } else if constexpr (kBase) {
           const V w = kWeighted ? load<V>(tile.weight + to) : V{}, product = kWeighted ? w * y : y;
@@ -161,30 +143,22 @@ struct ShortRows {
     template <class Sink>
     SOFTCE_INLINE void one(int64_t at, Sink sink) {
       V x, t;
-      self.template read<X>(tile, tile.x, at, &x);
-      if constexpr (kDense) self.template read<D>(tile, tile.d, at, &t);
+      tile.template read<X>(tile.x, at, &x);
+      if constexpr (kDense) tile.template read<D>(tile.d, at, &t);
       step<1>(at, &x, &t, sink);
     }
   };
 
-  template <class IO>
-  SOFTCE_INLINE void read(const Tile& tile, const typename IO::Elem* from, int64_t at, V* v) const {
-    if (at + kLane <= tile.size) {
-      IO::read(from + at, v);
-    } else {
-      read_part<IO>(from + at, tile.size - at, v, A(0));
-    }
-  }
-
-  // e and the sums of every row; true where the rows' maxima suit exp without a shift.
+  // e and the sums of every row, while the tile before is written; true where the rows' maxima suit exp without a
+  // shift.
   template <bool kShifted>
-  bool first(Tile& tile) const {
+  bool first(Tile& tile, Write& before) const {
     Group<A>& g = tile.group;
     const Exp<A, 5> exp(ctx.scale, Ref{});
-    Sweep<kShifted> sweep{*this, tile, exp, splat(A(ctx.scale)), splat(A(ctx.spec.mix_a)), splat(A(ctx.spec.mix_b))};
+    Sweep<kShifted> sweep{tile, exp, splat(A(ctx.scale)), splat(A(ctx.spec.mix_a)), splat(A(ctx.spec.mix_b))};
     const bool wide = this->wide();
     if (wide) {
-      by_row(tile, sweep);
+      by_row(tile, sweep, before);
     } else {
       const Keep keep{tile};
       int64_t at = 0;
@@ -202,14 +176,18 @@ struct ShortRows {
   bool wide() const { return classes >= kWide; }
 
   template <class S>
-  SOFTCE_INLINE void by_row(Tile& tile, S& sweep) const {
-    const V lanes = lane_numbers();
+  SOFTCE_INLINE void by_row(Tile& tile, S& sweep, Write& before) const {
+    const V lanes = lane_numbers<A>();
     Parts begun;  // by the vector that the row before ended in
     int64_t at = 0;
     for (int64_t i = 0, end = classes; i < tile.group.n; ++i, end += classes) {
       Parts row = begun;
       const Add add{row};
-      for (; sweep.kFours && at + 4 * kLane <= end; at += 4 * kLane) sweep.four(at, add);
+      for (int64_t part = at; sweep.kFours && part < end;) {
+        part = at + kPart < end ? at + kPart : end;
+        before.up_to(part);
+        for (; at + 4 * kLane <= part; at += 4 * kLane) sweep.four(at, add);
+      }
       for (; at + kLane <= end; at += kLane) sweep.one(at, add);
       begun = Parts{};
       if (at < end) {
@@ -243,67 +221,6 @@ struct ShortRows {
     }
   }
 
-  // Writes the gradient of the vector at `at`, whose rows have the factors a and pull.
-  template <bool kPast>
-  SOFTCE_INLINE void write(const Tile& tile, Elem* out, int64_t at, V a, V pull) const {
-    V v = load<V>(tile.e + at) * a;
-    if constexpr (kDense) {
-      V t;
-      read<D>(tile, tile.d, at, &t);
-      v = fma(q_of(t, splat(A(ctx.spec.mix_a)), splat(A(ctx.spec.mix_b)), tile.weight + at), -pull, v);
-    }
-    if constexpr (kBase && kWeighted) v = fma(load<V>(tile.weight + at), -pull, v);
-    if constexpr (kBase && !kWeighted) v -= pull;
-    if (at + kLane > tile.size) {
-      write_part<X>(out + at, tile.size - at, &v);
-    } else if constexpr (kPast) {
-      X::write_stream(out + at, &v);
-    } else {
-      X::write(out + at, &v);
-    }
-  }
-
-  template <bool kPast>
-  SOFTCE_INLINE void write_all(const Tile& tile, Elem* out) const {
-    const Group<A>& g = tile.group;
-    int64_t at = 0;
-    if (classes < kNarrow) {
-      for (int64_t from = 0; at < tile.size; from += lap.rows) {
-        for (int64_t k = 0; k < lap.vectors && at < tile.size; ++k, at += kLane) {
-          const int64_t row = from + lap.row[k];
-          const V pull = kBase || kDense ? pick(load<V>(g.pull + row), lap.lane[k]) : V{};
-          write<kPast>(tile, out, at, pick(load<V>(g.a + row), lap.lane[k]), pull);
-        }
-      }
-      return;
-    }
-    const V lanes = lane_numbers();
-    for (int64_t i = 0, end = classes; i < g.n; ++i, end += classes) {
-      const V a = splat(g.a[i]), pull = splat(g.pull[i]);
-      for (; at + kLane <= end; at += kLane) write<kPast>(tile, out, at, a, pull);
-      if (at == end) continue;
-      const auto mine = lanes < splat(A(end - at));
-      const int64_t next = i + 1 < g.n ? i + 1 : i;
-      write<kPast>(tile, out, at, mine ? a : splat(g.a[next]), mine ? pull : splat(g.pull[next]));
-      at += kLane;
-    }
-  }
-
-  void second(Tile& tile) const {
-    Group<A>& g = tile.group;
-    const bool apart = ctx.call.out.batch_stride != classes;
-    Elem* out = apart ? tile.out_copy : reinterpret_cast<Elem*>(ctx.out_row(g.first));
-    if (ctx.call.stream && !apart && reinterpret_cast<uintptr_t>(out) % kVecBytes == 0) {
-      write_all<true>(tile, out);
-    } else {
-      write_all<false>(tile, out);
-    }
-    for (int64_t i = 0; i < g.n; ++i)
-      if (g.live[i] == 0) __builtin_memset(out + i * classes, 0, size_t(classes) * sizeof(Elem));
-    for (int64_t i = 0; apart && i < g.n; ++i)
-      __builtin_memcpy(ctx.out_row(g.first + i), out + i * classes, size_t(classes) * sizeof(Elem));
-  }
-
   // The rows of a tile one behind the other: where they lie, or in a copy.
   template <class T, class RowOf>
   SOFTCE_INLINE const T* rows_at(const Block& block, const Group<A>& g, T* copy, RowOf row_of) const {
@@ -313,7 +230,8 @@ struct ShortRows {
     return copy;
   }
 
-  double one(Tile& tile, int64_t first_row, int64_t n) const {
+  // All of a tile but its writing, which comes with the tile after it.
+  double one(Tile& tile, int64_t first_row, int64_t n, Write& before) const {
     Group<A>& g = tile.group;
     g.first = first_row;
     g.n = n;
@@ -322,10 +240,11 @@ struct ShortRows {
     if constexpr (kDense)
       tile.d = rows_at(ctx.target.dense, g, tile.d_copy, [&](int64_t r) { return ctx.dense_row(r); });
     for (int64_t i = 0; i < n; ++i) g.shift[i] = 0;
-    if (!first<false>(tile)) {
+    if (!first<false>(tile, before)) {
       shift(tile);
-      first<true>(tile);
+      first<true>(tile, before);
     }
+    before.finish();
     const auto place_of = [&](int64_t i, int64_t c) { return i * classes + c; };
     index_group(ctx, g, tile.e, [&](int64_t i, int64_t c) { return X::to(tile.x[i * classes + c]); }, place_of);
     const auto scale_row = [&](int64_t i, A factor) {
@@ -333,7 +252,8 @@ struct ShortRows {
     };
     const double loss = settle(ctx, g, w_sum, tile.e, scale_row, place_of);
     if (ctx.call.op != Op::grad) write_group_stats(ctx, g);
-    if (ctx.call.op != Op::stats) second(tile);
+    if (ctx.call.op != Op::stats) before = Write(ctx, lap, tile);
+    if (kApart || !wide()) before.finish();
     return loss;
   }
 
@@ -351,21 +271,32 @@ struct ShortRows {
         ctx.call.parallel, (tiles + per_task - 1) / per_task, [&](int64_t from, int64_t to, double* losses) {
           const int64_t size = height * classes + kPadded;
           const size_t bytes = (sizeof(Tile) + 63) / 64 * 64, array = (size_t(size) * sizeof(A) + 63) / 64 * 64;
-          constexpr int kArrays = 9;
-          char* memory = static_cast<char*>(scratch(0, bytes + kArrays * array));
-          Tile& tile = *reinterpret_cast<Tile*>(memory);
-          const auto values = [&](int k) { return reinterpret_cast<A*>(memory + bytes + size_t(k) * array); };
-          tile.e = values(0), tile.q = values(1), tile.qy = values(2);
-          tile.a = values(3), tile.weight = values(4), tile.e_sums = values(5);
-          tile.x_copy = reinterpret_cast<Elem*>(values(6)), tile.out_copy = reinterpret_cast<Elem*>(values(7));
-          tile.d_copy = reinterpret_cast<Dense*>(values(8));
+          constexpr int kArrays = 8, kTiles = 2;
+          char* memory = static_cast<char*>(scratch(0, kTiles * (bytes + kArrays * array) + array));
+          Tile* tiles_of[kTiles];
+          for (Tile*& tile : tiles_of) {
+            const auto values = [&](int k) { return reinterpret_cast<A*>(memory + bytes + size_t(k) * array); };
+            tile = reinterpret_cast<Tile*>(memory);
+            tile->e = values(0), tile->q = values(1), tile->qy = values(2);
+            tile->a = values(3), tile->e_sums = values(4);
+            tile->x_copy = reinterpret_cast<Elem*>(values(5)), tile->out_copy = reinterpret_cast<Elem*>(values(6));
+            tile->d_copy = reinterpret_cast<Dense*>(values(7));
+            memory += bytes + kArrays * array;
+          }
+          A* const weight = reinterpret_cast<A*>(memory);
+          for (Tile* tile : tiles_of) tile->weight = weight;
           for (int64_t i = 0; kWeighted && i < height; ++i)
-            __builtin_memcpy(tile.weight + i * classes, ctx.weight, size_t(classes) * sizeof(A));
+            __builtin_memcpy(weight + i * classes, ctx.weight, size_t(classes) * sizeof(A));
+          Write before;
+          int turn = 0;
           for (int64_t task = from; task < to; ++task) {
             losses[task] = 0;
-            for (int64_t k = task * per_task; k < tiles && k < (task + 1) * per_task; ++k)
-              losses[task] += one(tile, k * height, (k + 1) * height < ctx.rows ? height : ctx.rows - k * height);
+            for (int64_t k = task * per_task; k < tiles && k < (task + 1) * per_task; ++k, turn = 1 - turn) {
+              const int64_t n = (k + 1) * height < ctx.rows ? height : ctx.rows - k * height;
+              losses[task] += one(*tiles_of[turn], k * height, n, before);
+            }
           }
+          before.finish();
         });
   }
 };

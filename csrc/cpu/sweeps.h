@@ -19,16 +19,31 @@ struct Fast {
   static constexpr int kUnit = X::kUnit;
   static constexpr int kUnits = kTogether > NV ? kTogether / NV : 1;  // units whose exp is computed together
   static constexpr int kUnroll = 4 / NV;                              // units a turn of the loop
+  static constexpr int kTurn = kUnroll * kUnit;
+  static constexpr int64_t kFold = 2048;  // classes
   static constexpr int kDegree = X::kDegree;
   static constexpr bool kBase = kKind == Kind::base;
   static constexpr bool kDense = kKind == Kind::probs || kKind == Kind::teacher;
   static constexpr bool kTeacher = kKind == Kind::teacher;
-  static constexpr int kAhead = prefetch_bytes(kDense) / int(sizeof(Elem));  // elements
+  // Elements. Two streams a power of two ahead would share too few places of a cache with what is used meanwhile.
+  static constexpr int kAhead = prefetch_bytes(kDense) * (kDense ? 3 : 4) / 4 / int(sizeof(Elem));
   static_assert(D::kUnit == kUnit && D::NV == NV, "logits and target are read in the same order");
 
   // Accumulators: as few as the latency of an addition allows, because sixteen registers are soon full.
   struct Lanes {
     V e[2], y, t, ty, top, ttop;
+  };
+
+  // What they have added up, from time to time: added one by one, many would lose digits.
+  struct Totals {
+    F64V e{}, y{}, t{}, ty{};
+
+    SOFTCE_INLINE void take(Lanes& s) {
+      e += to_double(s.e[0] + s.e[1]);
+      if constexpr (kBase || kDense) y += to_double(s.y);
+      if constexpr (kDense) t += to_double(s.t), ty += to_double(s.ty);
+      s.e[0] = s.e[1] = s.y = s.t = s.ty = V{};
+    }
   };
 
   // kPlain: y is x itself, neither scaled nor shifted.
@@ -68,77 +83,6 @@ struct Fast {
     }
   };
 
-  static Sums first(const Context<A>& ctx, const Piece<A>& piece, Refs& refs) {
-    const bool plain = ctx.scale == 1 && refs.x.shift == 0;
-    if constexpr (!kDense) {
-      return plain ? sweep<true, false>(ctx, piece, refs) : sweep<false, false>(ctx, piece, refs);
-    } else {
-      if (!refs.masked) {
-        const Sums sums = plain ? sweep<true, false>(ctx, piece, refs) : sweep<false, false>(ctx, piece, refs);
-        if (sums.ty == sums.ty) return sums;
-        refs.masked = true;
-      }
-      return sweep<false, true>(ctx, piece, refs);
-    }
-  }
-
-  template <bool kPlain, bool kMasked>
-  static Sums sweep(const Context<A>& ctx, const Piece<A>& piece, const Refs& refs) {
-    const First<kPlain> step{{ctx.scale, refs.x}, {ctx.teacher_scale, refs.teacher}};
-    const Elem* x = reinterpret_cast<const Elem*>(piece.x) + piece.begin;
-    const Dense* d = reinterpret_cast<const Dense*>(piece.dense) + piece.begin;
-    A* e = piece.e;
-    A* teacher = piece.teacher;
-    const int64_t n = piece.n;
-    constexpr A kLow = A(-__builtin_inf());
-    Lanes s{{V{}, V{}}, V{}, V{}, V{}, splat(kLow), splat(kLow)};
-    int64_t i = 0;
-    for (; i + kUnroll * kUnit <= n; i += kUnroll * kUnit) {
-      for (int u = 0; u < kUnroll; u += kUnits) {
-        V in[kUnits * NV], target[kUnits * NV];
-        for (int k = 0; k < kUnits; ++k) {
-          const int64_t at = i + (u + k) * kUnit;
-          if ((u + k) * kUnit * sizeof(Elem) % 64 == 0) __builtin_prefetch(x + at + kAhead);
-          X::read(x + at, in + k * NV);
-          if constexpr (kDense) {
-            if ((u + k) * kUnit * sizeof(Dense) % 64 == 0) __builtin_prefetch(d + at + kAhead);
-            D::read(d + at, target + k * NV);
-          }
-        }
-        step.template step<kUnits * NV, kMasked>(in, target, e + i + u * kUnit, teacher + i + u * kUnit, s, u);
-      }
-    }
-    for (; i + kUnit <= n; i += kUnit) {
-      V in[NV], target[NV];
-      X::read(x + i, in);
-      if constexpr (kDense) D::read(d + i, target);
-      step.template step<NV, kMasked>(in, target, e + i, teacher + i, s, 0);
-    }
-    Sums out;
-    if (i < n) {
-      // Padding of -inf adds nothing but to the sum of y: there the elements themselves are added.
-      V in[NV], target[NV];
-      read_part<X>(x + i, n - i, in, kLow);
-      if constexpr (kDense) read_part<D>(d + i, n - i, target, kTeacher ? kLow : A(0));
-      const V y = s.y;
-      step.template step<NV, kDense>(in, target, e + i, teacher + i, s, 0);
-      s.y = y;
-      if constexpr (kBase || kDense) {
-        for (int64_t j = i; j < n; ++j) out.y += step.exp.affine(splat(X::to(x[j])))[0];
-      }
-    }
-    out.e = sum_of<A>(s.e[0] + s.e[1]);
-    out.w = double(n);
-    if constexpr (kBase || kDense) out.y += sum_of<A>(s.y);
-    if constexpr (kDense) {
-      out.t = out.plain_t = sum_of<A>(s.t);
-      out.ty = sum_of<A>(s.ty);
-    }
-    out.top = max_of<A>(s.top) + refs.x.shift;
-    if constexpr (kTeacher) out.ttop = max_of<A>(s.ttop) + refs.teacher.shift;
-    return out;
-  }
-
   struct Second {
     V a, slope, base;
 
@@ -165,35 +109,161 @@ struct Fast {
     }
   };
 
-  static void second(const Context<A>& ctx, const Piece<A>& piece, const Refs&, const Factors& f, int64_t) {
-    const Second step{splat(A(f.a)), splat(A(f.slope)), splat(A(f.base))};
-    Elem* out = reinterpret_cast<Elem*>(piece.out) + piece.begin;
-    const Dense* d = reinterpret_cast<const Dense*>(piece.dense) + piece.begin;
+  // The row before has nothing left to do.
+  struct Nothing {
+    SOFTCE_INLINE void turn(int64_t) const {}
+    SOFTCE_INLINE void rest(int64_t) const {}
+  };
+
+  // The second sweep over a piece, from any place on to the end of a turn or to its own end.
+  struct Finish {
+    const Context<A>& ctx;
+    const Piece<A>& piece;
+    const Second step;
+    Elem* const out = reinterpret_cast<Elem*>(piece.out) + piece.begin;
+    const Dense* const d = reinterpret_cast<const Dense*>(piece.dense) + piece.begin;
     const bool stream = ctx.call.stream && reinterpret_cast<uintptr_t>(out) % kVecBytes == 0;
-    int64_t i = 0;
-    if (stream) {
-      for (; i + kUnit <= piece.n; i += kUnit) {
-        // By now the row of the target may have left the near caches.
-        if constexpr (kKind == Kind::probs) __builtin_prefetch(d + i + kAhead);
-        V g[NV];
-        step.unit(piece.e + i, piece.teacher + i, d + i, kUnit, g);
+
+    Finish(const Context<A>& c, const Piece<A>& p, const Factors& f)
+        : ctx(c), piece(p), step{splat(A(f.a)), splat(A(f.slope)), splat(A(f.base))} {}
+
+    SOFTCE_INLINE void unit(int64_t i) const {
+      V g[NV];
+      step.unit(piece.e + i, piece.teacher + i, d + i, kUnit, g);
+      if (stream) {
         X::write_stream(out + i, g);
-      }
-    } else {
-      for (; i + kUnit <= piece.n; i += kUnit) {
-        V g[NV];
-        step.unit(piece.e + i, piece.teacher + i, d + i, kUnit, g);
+      } else {
         X::write(out + i, g);
       }
     }
-    if (i < piece.n) {
+    SOFTCE_INLINE void turn(int64_t from) const {
+      if (from + kTurn > piece.n) return rest(from);
+      SOFTCE_UNROLL for (int u = 0; u < kUnroll; ++u) unit(from + u * kUnit);
+    }
+    __attribute__((noinline)) void rest(int64_t i) const {
+      for (; i + kUnit <= piece.n; i += kUnit) {
+        // By now the row of the target may have left the near caches.
+        if constexpr (kKind == Kind::probs) __builtin_prefetch(d + i + kAhead);
+        unit(i);
+      }
+      if (i >= piece.n) return;
       V g[NV];
       step.unit(piece.e + i, piece.teacher + i, d + i, piece.n - i, g);
       write_part<X>(out + i, piece.n - i, g);
     }
+  };
+
+  static void second(const Context<A>& ctx, const Piece<A>& piece, const Refs&, const Factors& f, int64_t) {
+    Finish(ctx, piece, f).rest(0);
   }
 
-  static constexpr Sweeps<A> sweeps() { return {first, second, X::kPairs}; }
+  static Sums first(const Context<A>& ctx, const Piece<A>& piece, Refs& refs) {
+    return first(ctx, piece, refs, Nothing{});
+  }
+
+  static Sums both(const Context<A>& ctx, const Piece<A>& piece, Refs& refs, const Piece<A>& before, const Factors& f) {
+    const Finish finish(ctx, before, f);
+    if (!refs.masked) return first(ctx, piece, refs, finish);
+    finish.rest(0);
+    return first(ctx, piece, refs, Nothing{});
+  }
+
+  template <class Before>
+  static Sums first(const Context<A>& ctx, const Piece<A>& piece, Refs& refs, const Before& before) {
+    if (piece.n >= kTurn) {
+      if (!refs.known) guess<X>(piece.x, piece.begin, ctx.scale, refs.x);
+      if (kTeacher && !refs.teacher_known) guess<D>(piece.dense, piece.begin, ctx.teacher_scale, refs.teacher);
+    }
+    const bool plain = ctx.scale == 1 && refs.x.shift == 0;
+    if (!kDense || !refs.masked) {
+      const Sums sums =
+          plain ? sweep<true, false>(ctx, piece, refs, before) : sweep<false, false>(ctx, piece, refs, before);
+      if (!kDense || sums.ty == sums.ty) return sums;
+      refs.masked = true;
+    }
+    return sweep<false, kDense>(ctx, piece, refs, Nothing{});
+  }
+
+  // Logits far from 0 show in the first few: what the sweep would otherwise find out at its end, and begin again.
+  template <class IO>
+  static void guess(const char* row, int64_t begin, double scale, Ref& ref) {
+    V in[NV], top = splat(A(-__builtin_inf()));
+    for (int u = 0; u < kUnroll; ++u) {
+      IO::read(reinterpret_cast<const typename IO::Elem*>(row) + begin + u * kUnit, in);
+      for (int v = 0; v < NV; ++v) top = vmax(in[v], top);
+    }
+    const double most = max_of<A>(top) * scale;
+    if (most > kAbove || (most < -kBelow && most > -__builtin_inf())) ref = ref_for(static_cast<double>(A(most)));
+  }
+
+  template <bool kPlain, bool kMasked, class Before>
+  static Sums sweep(const Context<A>& ctx, const Piece<A>& piece, const Refs& refs, const Before& before) {
+    const First<kPlain> step{{ctx.scale, refs.x}, {ctx.teacher_scale, refs.teacher}};
+    const Elem* x = reinterpret_cast<const Elem*>(piece.x) + piece.begin;
+    const Dense* d = reinterpret_cast<const Dense*>(piece.dense) + piece.begin;
+    A* e = piece.e;
+    A* teacher = piece.teacher;
+    const int64_t n = piece.n;
+    constexpr A kLow = A(-__builtin_inf());
+    Lanes s{{V{}, V{}}, V{}, V{}, V{}, splat(kLow), splat(kLow)};
+    Totals totals;
+    int64_t i = 0;
+    while (i + kTurn <= n) {
+      const int64_t end = i + kFold < n ? i + kFold : n;
+      const int64_t past = piece.out ? 0 : i;  // statistics alone take the same place in a near cache again and again
+      for (; i + kTurn <= end; i += kTurn) {
+        before.turn(i);
+        const int64_t to = i - past;
+        for (int u = 0; u < kUnroll; u += kUnits) {
+          V in[kUnits * NV], target[kUnits * NV];
+          for (int k = 0; k < kUnits; ++k) {
+            const int64_t at = i + (u + k) * kUnit;
+            if ((u + k) * kUnit * sizeof(Elem) % 64 == 0) __builtin_prefetch(x + at + kAhead);
+            X::read(x + at, in + k * NV);
+            if constexpr (kDense) {
+              if ((u + k) * kUnit * sizeof(Dense) % 64 == 0) __builtin_prefetch(d + at + kAhead);
+              D::read(d + at, target + k * NV);
+            }
+          }
+          step.template step<kUnits * NV, kMasked>(in, target, e + to + u * kUnit, teacher + to + u * kUnit, s, u);
+        }
+      }
+      totals.take(s);
+    }
+    before.rest(i);
+    for (; i + kUnit <= n; i += kUnit) {
+      V in[NV], target[NV];
+      X::read(x + i, in);
+      if constexpr (kDense) D::read(d + i, target);
+      step.template step<NV, kMasked>(in, target, e + i, teacher + i, s, 0);
+    }
+    Sums out;
+    if (i < n) {
+      // Padding of -inf adds nothing but to the sum of y: there the elements themselves are added.
+      V in[NV], target[NV];
+      read_part<X>(x + i, n - i, in, kLow);
+      if constexpr (kDense) read_part<D>(d + i, n - i, target, kTeacher ? kLow : A(0));
+      const V y = s.y;
+      step.template step<NV, kDense>(in, target, e + i, teacher + i, s, 0);
+      s.y = y;
+      if constexpr (kBase || kDense) {
+        for (int64_t j = i; j < n; ++j) out.y += step.exp.affine(splat(X::to(x[j])))[0];
+      }
+    }
+    totals.take(s);
+    out.e = sum_of<double>(totals.e);
+    out.w = double(n);
+    if constexpr (kBase || kDense) out.y += sum_of<double>(totals.y);
+    if constexpr (kDense) {
+      out.t = out.plain_t = sum_of<double>(totals.t);
+      out.ty = sum_of<double>(totals.ty);
+    }
+    out.top = max_of<A>(s.top) + refs.x.shift;
+    if constexpr (kTeacher) out.ttop = max_of<A>(s.ttop) + refs.teacher.shift;
+    return out;
+  }
+
+  static constexpr Sweeps<A> sweeps() { return {first, second, both, X::kPairs}; }
 };
 
 // The sweeps for a call, by dtype and kind of target.

@@ -222,21 +222,31 @@ SOFTCE_INLINE typename VecOf<A>::V add_each(typename VecOf<A>::V* v) {
   return v[0];
 }
 
-// The sum of a vector's lanes in double.
+// A vector in double, its two halves added.
+SOFTCE_INLINE F64V to_double(F64V v) { return v; }
+SOFTCE_INLINE F64V to_double(F32V v) {
+  typedef float Half __attribute__((vector_size(kVecBytes / 2)));
+  Half halves[2];
+  __builtin_memcpy(halves, &v, sizeof(v));
+  return __builtin_convertvector(halves[0], F64V) + __builtin_convertvector(halves[1], F64V);
+}
+
+// The sum and the maximum of a vector's lanes. Halves on halves: lane after lane each step would wait for the one
+// before.
 template <class A>
 SOFTCE_INLINE double sum_of(typename VecOf<A>::V v) {
-  A lanes[kLanes<A>];
-  store(lanes, v);
-  double sum = 0;
-  for (int i = 0; i < kLanes<A>; ++i) sum += lanes[i];
-  return sum;
+  double lanes[kLanes<double>];
+  store(lanes, to_double(v));
+  for (int half = kLanes<double> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
 template <class A>
 SOFTCE_INLINE double max_of(typename VecOf<A>::V v) {
   A lanes[kLanes<A>];
   store(lanes, v);
-  A best = lanes[0];
-  for (int i = 1; i < kLanes<A>; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
+  for (int half = kLanes<A> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
 }

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// A tile of short rows, and the writing of its gradient: in parts, for it goes together with the reading of the next
+// tile, so that memory always has both to do. Included inside the namespace of an instruction set.
+
+template <class A>
+SOFTCE_INLINE typename VecOf<A>::V lane_numbers() {
+  A lanes[kLanes<A>];
+  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = A(i);
+  return load<typename VecOf<A>::V>(lanes);
+}
+
+// Arrays of one value a class of every row, and the rows' places in the tensors (or in copies, where the tensor's rows
+// do not follow each other).
+template <class X, class D>
+struct ShortTile {
+  using A = typename X::Acc;
+  using Elem = typename X::Elem;
+  using Dense = typename D::Elem;
+
+  Group<A> group;
+  int64_t size;  // elements
+  A *e, *q, *qy, *a, *weight;
+  A* e_sums;  // of wide rows, a vector each; q and qy then have no more than that
+  Elem *x_copy, *out_copy;
+  Dense* d_copy;
+  const Elem* x;
+  const Dense* d;
+
+  template <class IO>
+  SOFTCE_INLINE void read(const typename IO::Elem* from, int64_t at, typename IO::V* v) const {
+    if (at + kLanes<A> <= size) {
+      IO::read(from + at, v);
+    } else {
+      read_part<IO>(from + at, size - at, v, A(0));
+    }
+  }
+};
+
+template <class X, class D, Kind kKind, bool kWeighted>
+struct ShortWriter {
+  using A = typename X::Acc;
+  using V = typename X::V;
+  using Elem = typename X::Elem;
+  using Tile = ShortTile<X, D>;
+  static constexpr int kLane = kLanes<A>;
+  static constexpr bool kBase = kKind == Kind::base, kDense = kKind == Kind::probs;
+
+  const Context<A>* ctx = nullptr;
+  const Lap<A>* lap = nullptr;
+  Tile* tile = nullptr;
+  Elem* out = nullptr;
+  bool apart = false, stream = false;
+  int64_t at = 0, row = 0;  // the next vector, and the row that it begins in
+
+  ShortWriter() = default;
+  ShortWriter(const Context<A>& c, const Lap<A>& l, Tile& t) : ctx(&c), lap(&l), tile(&t) {
+    apart = c.call.out.batch_stride != c.classes;
+    out = apart ? t.out_copy : reinterpret_cast<Elem*>(c.out_row(t.group.first));
+    stream = c.call.stream && !apart && reinterpret_cast<uintptr_t>(out) % kVecBytes == 0;
+  }
+
+  static SOFTCE_INLINE V q_of(V t, V mix_a, V mix_b, const A* weight) {
+    const V q = fma(t, mix_a, mix_b);
+    return kWeighted ? q * load<V>(weight) : q;
+  }
+
+  // Writes the vector at `i`, whose rows have the factors a and pull.
+  template <bool kPast>
+  static SOFTCE_INLINE void write(const Tile& t, Elem* out, V mix_a, V mix_b, int64_t i, V a, V pull) {
+    V v = load<V>(t.e + i) * a;
+    if constexpr (kDense) {
+      V given;
+      t.template read<D>(t.d, i, &given);
+      v = fma(q_of(given, mix_a, mix_b, t.weight + i), -pull, v);
+    }
+    if constexpr (kBase && kWeighted) v = fma(load<V>(t.weight + i), -pull, v);
+    if constexpr (kBase && !kWeighted) v -= pull;
+    if (i + kLane > t.size) {
+      write_part<X>(out + i, t.size - i, &v);
+    } else if constexpr (kPast) {
+      X::write_stream(out + i, &v);
+    } else {
+      X::write(out + i, &v);
+    }
+  }
+
+  // Writes all vectors that begin before `limit`.
+  template <bool kPast>
+  void up_to(int64_t limit) {
+    const Tile& t = *tile;  // and other copies of what a store might have changed, for all that the compiler knows
+    const Group<A>& g = t.group;
+    const int64_t classes = ctx->classes;
+    const V mix_a = splat(A(ctx->spec.mix_a)), mix_b = splat(A(ctx->spec.mix_b));
+    Elem* const to = out;
+    if (limit > t.size) limit = t.size;
+    int64_t i = at, r = row;
+    if (classes < kNarrow) {
+      for (; i < limit; r += lap->rows) {
+        for (int64_t k = 0; k < lap->vectors && i < limit; ++k, i += kLane) {
+          const int64_t from = r + lap->row[k];
+          const V pull = kBase || kDense ? pick(load<V>(g.pull + from), lap->lane[k]) : V{};
+          write<kPast>(t, to, mix_a, mix_b, i, pick(load<V>(g.a + from), lap->lane[k]), pull);
+        }
+      }
+    } else {
+      const V lanes = lane_numbers<A>();
+      for (int64_t end = (r + 1) * classes; i < limit; end += classes) {
+        const V a = splat(g.a[r]), pull = splat(g.pull[r]);
+        for (; i + kLane <= end && i < limit; i += kLane) write<kPast>(t, to, mix_a, mix_b, i, a, pull);
+        if (i >= limit) break;
+        if (r + 1 < g.n) ++r;
+        if (i == end) continue;
+        const auto mine = lanes < splat(A(end - i));
+        write<kPast>(t, to, mix_a, mix_b, i, mine ? a : splat(g.a[r]), mine ? pull : splat(g.pull[r]));
+        i += kLane;
+      }
+    }
+    at = i, row = r;
+  }
+  void up_to(int64_t limit) {
+    if (!tile || at >= limit) return;
+    stream ? up_to<true>(limit) : up_to<false>(limit);
+  }
+
+  // What is left.
+  void finish() {
+    if (!tile) return;
+    up_to(tile->size);
+    const Group<A>& g = tile->group;
+    const int64_t classes = ctx->classes;
+    const size_t bytes = size_t(classes) * sizeof(Elem);
+    for (int64_t i = 0; i < g.n; ++i)
+      if (g.live[i] == 0) __builtin_memset(out + i * classes, 0, bytes);
+    for (int64_t i = 0; apart && i < g.n; ++i) __builtin_memcpy(ctx->out_row(g.first + i), out + i * classes, bytes);
+    tile = nullptr;
+  }
+};
