@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The compiled CPU kernels alone: row operations against the equation in float64, for every instruction set here.
 
-Shapes are chosen for the kernels' branches: tails behind full vectors, blocks of 16384 classes, rows that threads share,
-tiles of short rows and of planes, rows that start anywhere within a vector.
+Shapes are chosen for the kernels' branches: tails behind full vectors, blocks of 16384 classes, rows that threads
+share, tiles of short rows and of planes, rows that start anywhere within a vector.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ struct Planes {
   const Context<A>& ctx;
   double w_sum = 0;
   static constexpr int64_t kFold = 64;
+  static constexpr int64_t kBoth = 1 << 16;  // elements of a tile beyond which the caches do not hold two
 
   struct Tile {
     Group<A> group;
@@ -90,9 +91,10 @@ struct Planes {
     return fma(t, splat(A(ctx.spec.mix_a)), splat(A(ctx.spec.mix_b))) * weight;
   }
 
-  // e and the sums of every row; true where the rows' maxima suit exp without a shift.
+  // e and the sums of every row, while the tile before, if there is one, is written: memory then always has both reads
+  // and writes to do. True where the rows' maxima suit exp without a shift.
   template <bool kShifted>
-  bool first(Tile& tile) const {
+  bool first(Tile& tile, const Tile* before) const {
     Group<A>& g = tile.group;
     const Exp<A, 5> exp(ctx.scale, Ref{});
     const int64_t n = g.n, stride = ctx.problem.logits.class_stride, dense_stride = ctx.target.dense.class_stride;
@@ -116,6 +118,7 @@ struct Planes {
       p.next_d = kDense ? tile.d + coming * dense_stride + beside : nullptr;
       p.e = tile.e + c * tile.pitch;
       p.weight = ctx.weight ? ctx.weight[c] : A(1);
+      if (before) second(*before, c);
       int64_t i = 0;
       if constexpr (!kShifted)  // shifted rows are rare, not worth as much code
         for (; i + kTogether * kLane <= n; i += kTogether * kLane)
@@ -144,32 +147,31 @@ struct Planes {
       if (g.shift[i] == low) g.shift[i] = 0;
   }
 
-  void second(Tile& tile) const {
-    Group<A>& g = tile.group;
-    const int64_t n = g.n, stride = ctx.call.out.class_stride, dense_stride = ctx.target.dense.class_stride;
-    for (int64_t c = 0; c < ctx.classes; ++c) {
-      Elem* out = tile.out + c * stride;
-      const Dense* d = kDense ? tile.d + c * dense_stride : nullptr;
-      const A* e = tile.e + c * tile.pitch;
-      const A w = ctx.weight ? ctx.weight[c] : A(1);
-      const bool stream = ctx.call.stream && reinterpret_cast<uintptr_t>(out) % kVecBytes == 0;
-      for (int64_t i = 0; i < n; i += kLane) {
-        V v = load<V>(e + i) * load<V>(g.a + i);
-        if constexpr (kBase) v = fma(load<V>(g.pull + i), splat(-w), v);
-        if constexpr (kDense) v = fma(q_of(read_at<D>(d, i, n), w), -load<V>(g.pull + i), v);
-        v = load<V>(g.live + i) == 0 ? V{} : v;
-        if (i + kLane > n) {
-          write_part<X>(out + i, n - i, &v);
-        } else if (stream) {
-          X::write_stream(out + i, &v);
-        } else {
-          X::write(out + i, &v);
-        }
+  void second(const Tile& tile, int64_t c) const {
+    const Group<A>& g = tile.group;
+    const int64_t n = g.n;
+    Elem* out = tile.out + c * ctx.call.out.class_stride;
+    const Dense* d = kDense ? tile.d + c * ctx.target.dense.class_stride : nullptr;
+    const A* e = tile.e + c * tile.pitch;
+    const A w = ctx.weight ? ctx.weight[c] : A(1);
+    const bool stream = ctx.call.stream && reinterpret_cast<uintptr_t>(out) % kVecBytes == 0;
+    for (int64_t i = 0; i < n; i += kLane) {
+      V v = load<V>(e + i) * load<V>(g.a + i);
+      if constexpr (kBase) v = fma(load<V>(g.pull + i), splat(-w), v);
+      if constexpr (kDense) v = fma(q_of(read_at<D>(d, i, n), w), -load<V>(g.pull + i), v);
+      v = load<V>(g.live + i) == 0 ? V{} : v;
+      if (i + kLane > n) {
+        write_part<X>(out + i, n - i, &v);
+      } else if (stream) {
+        X::write_stream(out + i, &v);
+      } else {
+        X::write(out + i, &v);
       }
     }
   }
 
-  double one(Tile& tile, int64_t b, int64_t s, int64_t n) const {
+  // All of a tile but its second sweep, which comes with the tile after it.
+  double one(Tile& tile, int64_t b, int64_t s, int64_t n, const Tile* before) const {
     Group<A>& g = tile.group;
     g.first = b * ctx.problem.inner + s;
     g.n = n;
@@ -178,9 +180,9 @@ struct Planes {
     tile.d = reinterpret_cast<const Dense*>(ctx.dense_row(g.first));
     if (ctx.call.op != Op::stats) tile.out = reinterpret_cast<Elem*>(ctx.out_row(g.first));
     for (int64_t i = 0; i < tile.pitch; ++i) g.shift[i] = 0;
-    if (!first<false>(tile)) {
+    if (!first<false>(tile, before)) {
       shift(tile);
-      first<true>(tile);
+      first<true>(tile, nullptr);
     }
     const int64_t stride = ctx.problem.logits.class_stride;
     const auto place_of = [&](int64_t i, int64_t c) { return c * tile.pitch + i; };
@@ -190,7 +192,6 @@ struct Planes {
     };
     const double loss = settle(ctx, g, w_sum, tile.e, scale_row, place_of);
     if (ctx.call.op != Op::grad) write_group_stats(ctx, g);
-    if (ctx.call.op != Op::stats) second(tile);
     return loss;
   }
 
@@ -205,16 +206,29 @@ struct Planes {
     const int64_t work = width * classes, per_task = work >= kTask ? 1 : kTask / work;
     return sum_tasks(ctx.call.parallel, (all + per_task - 1) / per_task, [&](int64_t from, int64_t to, double* losses) {
       const size_t bytes = (sizeof(Tile) + 63) / 64 * 64;
-      char* memory = static_cast<char*>(scratch(0, bytes + size_t(classes * width) * sizeof(A)));
-      Tile& tile = *reinterpret_cast<Tile*>(memory);
-      tile.e = reinterpret_cast<A*>(memory + bytes);
+      const size_t each = bytes + (size_t(classes * width) * sizeof(A) + 63) / 64 * 64;
+      char* memory = static_cast<char*>(scratch(0, 2 * each));
+      Tile* tile = reinterpret_cast<Tile*>(memory);
+      Tile* other = reinterpret_cast<Tile*>(memory + each);
+      tile->e = reinterpret_cast<A*>(memory + bytes);
+      other->e = reinterpret_cast<A*>(memory + each + bytes);
+      const Tile* before = nullptr;
+      const auto flush = [&] {
+        for (int64_t c = 0; before && c < classes; ++c) second(*before, c);
+        before = nullptr;
+      };
       for (int64_t task = from; task < to; ++task) {
         losses[task] = 0;
         for (int64_t k = task * per_task; k < all && k < (task + 1) * per_task; ++k) {
           const int64_t s = k % tiles * width;
-          losses[task] += one(tile, k / tiles, s, s + width < inner ? width : inner - s);
+          losses[task] += one(*tile, k / tiles, s, s + width < inner ? width : inner - s, before);
+          before = ctx.call.op == Op::stats ? nullptr : tile;
+          if (work > kBoth) flush();
+          Tile* const done = tile;
+          tile = other, other = done;
         }
       }
+      flush();
     });
   }
 };
