@@ -15,7 +15,7 @@ struct Planes {
   const Context<A>& ctx;
   double w_sum = 0;
   static constexpr int64_t kFold = 64;
-  static constexpr int64_t kBoth = 1 << 16;  // elements of a tile beyond which the caches do not hold two
+  static constexpr int64_t kBoth = 1 << 15;  // elements of a tile beyond which the caches do not hold two
 
   struct Tile {
     Group<A> group;
