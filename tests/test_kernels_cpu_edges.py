@@ -15,6 +15,7 @@ from kernel_truth import (
     KINDS,
     NAN,
     Truth,
+    assert_gradient,
     check,
     fused_of,
     isa,
@@ -24,6 +25,7 @@ from kernel_truth import (
     spec_for,
     stats_of,
     target_for,
+    tolerance,
 )
 from torch import Tensor
 
@@ -212,3 +214,51 @@ def test_statistics_rows(isa: str) -> None:
     )
     torch.testing.assert_close(stats[MASS], torch.tensor([0.4 * 2.0 + 0.2 * 3.5, 0.0]))
     torch.testing.assert_close(stats[COUNT], torch.tensor([2.0, 0.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.9, 0.5])
+@pytest.mark.parametrize("kind", ["indices", "probs", "teacher"])
+def test_finite_masks(isa: str, dtype: torch.dtype, temperature: float, kind: str) -> None:
+    """Leading classes masked by a large finite number, whatever the other logits are around."""
+    for mask in (torch.finfo(dtype).min, -1e10, -1e4):
+        for others in (0.0, 100.0, -100.0, 300.0, -300.0, 520.0):
+            for classes, masked in ((100, 64), (5000, 100), (40000, 20000)):
+                x = logits_for((2, classes), dtype) + others
+                x[:, :masked] = mask
+                target = target_for(kind, x)
+                spec = spec_for(kind, classes, temperature=temperature)._replace(dense_temperature=temperature)
+                if target.index is not None:
+                    target.index[:] = classes - 1
+                else:
+                    assert target.dense is not None
+                    target.dense[:, :masked] = mask if kind == "teacher" else 0.0
+                loss, g, stats = fused_of(x, target, spec, mean=False)
+                truth = Truth(x, target, spec)
+                want, gradient, _ = truth.fused(None, False)
+                close = {"rtol": 4 * tolerance(dtype), "atol": 8 * tolerance(dtype)}
+                # x / temperature is rounded before anything is taken off it.
+                eps = torch.finfo(ops.acc_dtype(dtype)).eps * (8 + abs(others) / temperature)
+                largest = float(gradient.abs().max())
+                torch.testing.assert_close(
+                    g.double(), gradient, rtol=torch.finfo(dtype).eps, atol=2 * eps * largest, msg=f"{mask} {others}"
+                )
+                torch.testing.assert_close(stats[LSE].double(), truth.lse, **close)
+                torch.testing.assert_close(loss.double(), want, **close)
+
+
+@pytest.mark.parametrize("others", [0.0, -300.0, -1000.0])
+@pytest.mark.parametrize("kind", ["indices", "probs", "teacher"])
+def test_blocks_of_nothing(isa: str, others: float, kind: str) -> None:
+    """Whole blocks of -inf before the first finite logit."""
+    x = logits_for((2, 40000), torch.float32) + others
+    x[:, :33000] = -INF
+    target = target_for(kind, x)
+    if target.index is not None:
+        target.index[:] = 35000
+    elif target.dense is not None:
+        target.dense[:, :33000] = -INF if kind == "teacher" else 0.0
+    spec = spec_for(kind, 40000)
+    _, g, _ = fused_of(x, target, spec, mean=False)
+    _, want, push = Truth(x, target, spec).fused(None, False)
+    assert_gradient(g, want, "nothing", push)

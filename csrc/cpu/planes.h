@@ -93,7 +93,7 @@ struct Planes {
 
   // e and the sums of every row, while the tile before, if there is one, is written: memory then always has both reads
   // and writes to do. True where the rows' maxima suit exp without a shift.
-  template <bool kShifted>
+  template <bool kShifted, bool kBefore>
   bool first(Tile& tile, const Tile* before) const {
     Group<A>& g = tile.group;
     const Exp<A, 5> exp(ctx.scale, Ref{});
@@ -118,7 +118,7 @@ struct Planes {
       p.next_d = kDense ? tile.d + coming * dense_stride + beside : nullptr;
       p.e = tile.e + c * tile.pitch;
       p.weight = ctx.weight ? ctx.weight[c] : A(1);
-      if (before) second(*before, c);
+      if constexpr (kBefore) second(*before, c);
       int64_t i = 0;
       if constexpr (!kShifted)  // shifted rows are rare, not worth as much code
         for (; i + kTogether * kLane <= n; i += kTogether * kLane)
@@ -147,7 +147,7 @@ struct Planes {
       if (g.shift[i] == low) g.shift[i] = 0;
   }
 
-  void second(const Tile& tile, int64_t c) const {
+  SOFTCE_INLINE void second(const Tile& tile, int64_t c) const {
     const Group<A>& g = tile.group;
     const int64_t n = g.n;
     Elem* out = tile.out + c * ctx.call.out.class_stride;
@@ -180,9 +180,9 @@ struct Planes {
     tile.d = reinterpret_cast<const Dense*>(ctx.dense_row(g.first));
     if (ctx.call.op != Op::stats) tile.out = reinterpret_cast<Elem*>(ctx.out_row(g.first));
     for (int64_t i = 0; i < tile.pitch; ++i) g.shift[i] = 0;
-    if (!first<false>(tile, before)) {
+    if (!(before ? first<false, true>(tile, before) : first<false, false>(tile, nullptr))) {
       shift(tile);
-      first<true>(tile, nullptr);
+      first<true, false>(tile, nullptr);
     }
     const int64_t stride = ctx.problem.logits.class_stride;
     const auto place_of = [&](int64_t i, int64_t c) { return c * tile.pitch + i; };
@@ -224,6 +224,7 @@ struct Planes {
           losses[task] += one(*tile, k / tiles, s, s + width < inner ? width : inner - s, before);
           before = ctx.call.op == Op::stats ? nullptr : tile;
           if (work > kBoth) flush();
+          if (!before) continue;
           Tile* const done = tile;
           tile = other, other = done;
         }

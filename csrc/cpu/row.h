@@ -30,6 +30,12 @@ inline double ratio(const Ref& from, const Ref& to) {  // what e under `from` mu
   return __builtin_exp((from.shift - to.shift) + (from.power - to.power) * kLn2);
 }
 
+// The same for a block's e, which are exact zeros where it has no reference of its own: they must not meet an infinity.
+inline double x_ratio(const Refs& from, const Refs& to) { return from.known ? ratio(from.x, to.x) : 1.0; }
+inline double teacher_ratio(const Refs& from, const Refs& to) {
+  return from.teacher_known ? ratio(from.teacher, to.teacher) : 1.0;
+}
+
 inline void rebase(Sums& a, const Refs& from, const Refs& to) {
   const double f = ratio(from.x, to.x), g = ratio(from.teacher, to.teacher);
   const double move = from.x.shift - to.x.shift;  // y grows by it

@@ -158,7 +158,7 @@ struct ShortRows {
     Sweep<kShifted> sweep{tile, exp, splat(A(ctx.scale)), splat(A(ctx.spec.mix_a)), splat(A(ctx.spec.mix_b))};
     const bool wide = this->wide();
     if (wide) {
-      by_row(tile, sweep, before);
+      sweep.top = by_row(tile, sweep, before);
     } else {
       const Keep keep{tile};
       int64_t at = 0;
@@ -175,8 +175,9 @@ struct ShortRows {
   // Rows of several vectors have what they add up to in one vector a row.
   bool wide() const { return classes >= kWide; }
 
+  // Returns the sweep's maximum.
   template <class S>
-  SOFTCE_INLINE void by_row(Tile& tile, S& sweep, Write& before) const {
+  SOFTCE_INLINE V by_row(Tile& tile, S sweep, Write& before) const {
     const V lanes = lane_numbers<A>();
     Parts begun;  // by the vector that the row before ended in
     int64_t at = 0;
@@ -198,6 +199,7 @@ struct ShortRows {
       if constexpr (kBase || kDense) store(tile.qy + i * kLane, row.qy);
       if constexpr (kDense) store(tile.q + i * kLane, row.q);
     }
+    return sweep.top;
   }
 
   // The rows' maxima, taken off where they do not suit; in the tile's a for each class of their row.
@@ -291,9 +293,10 @@ struct ShortRows {
           int turn = 0;
           for (int64_t task = from; task < to; ++task) {
             losses[task] = 0;
-            for (int64_t k = task * per_task; k < tiles && k < (task + 1) * per_task; ++k, turn = 1 - turn) {
+            for (int64_t k = task * per_task; k < tiles && k < (task + 1) * per_task; ++k) {
               const int64_t n = (k + 1) * height < ctx.rows ? height : ctx.rows - k * height;
               losses[task] += one(*tiles_of[turn], k * height, n, before);
+              if (before.waits()) turn = 1 - turn;
             }
           }
           before.finish();

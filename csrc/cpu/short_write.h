@@ -122,6 +122,8 @@ struct ShortWriter {
     stream ? up_to<true>(limit) : up_to<false>(limit);
   }
 
+  bool waits() const { return tile != nullptr; }
+
   // What is left.
   void finish() {
     if (!tile) return;

@@ -21,6 +21,7 @@ struct Fast {
   static constexpr int kUnroll = 4 / NV;                              // units a turn of the loop
   static constexpr int kTurn = kUnroll * kUnit;
   static constexpr int64_t kFold = 2048;  // classes
+  static constexpr double kMask = 1e5;    // logits beyond stand for a mask and say nothing about the others
   static constexpr int kDegree = X::kDegree;
   static constexpr bool kBase = kKind == Kind::base;
   static constexpr bool kDense = kKind == Kind::probs || kKind == Kind::teacher;
@@ -193,7 +194,7 @@ struct Fast {
       for (int v = 0; v < NV; ++v) top = vmax(in[v], top);
     }
     const double most = max_of<A>(top) * scale;
-    if (most > kAbove || (most < -kBelow && most > -__builtin_inf())) ref = ref_for(static_cast<double>(A(most)));
+    if ((most > kAbove && most < kMask) || (most < -kBelow && most > -kMask)) ref = ref_for(double(A(most)));
   }
 
   template <bool kPlain, bool kMasked, class Before>
