@@ -230,9 +230,9 @@ struct Rows {
   }
 
   // Rows [from, to). A row's second sweep goes together with the next row's first, so that memory always has both reads
-  // and writes to do: in turns of a whole block it took a quarter longer. A turn of scratch is free as soon as its gradient
-  // is written. Sweeps that have no way to go together (Generic's) take turns block by block: there not with a dense
-  // target, which both read and which would then be wanted for two rows at a time.
+  // and writes to do: in turns of a whole block it took a quarter longer. A turn of scratch is free as soon as its
+  // gradient is written. Sweeps that have no way to go together (Generic's) take turns block by block: there not with a
+  // dense target, which both read and which would then be wanted for two rows at a time.
   template <class Loss>
   void run_rows(int64_t from, int64_t to, const Space& s, const Loss& loss_of) const {
     Swept waiting;
