@@ -121,7 +121,7 @@ def _softce_inplace(name: str, inputs: Inputs) -> Entry:
     writing back of what the copy has left in the caches too, or a part of the copy would be timed.
 
     A leaf cannot be overwritten: here the logits come from a producer that allocates nothing and takes the gradient,
-    the part that a model's last layer has.
+    the part that a model's last layer has. They are there before the timing begins, as every other contestant's are.
     """
     softce = softce_module()
     assert softce is not None
@@ -130,6 +130,7 @@ def _softce_inplace(name: str, inputs: Inputs) -> Entry:
     memory = original.clone()
     anchor = torch.zeros((), requires_grad=True)
     taken: list[Tensor] = []
+    made: list[Tensor] = []
 
     class Producer(torch.autograd.Function):
         @staticmethod
@@ -145,10 +146,11 @@ def _softce_inplace(name: str, inputs: Inputs) -> Entry:
     def before() -> None:
         taken.clear()
         memory.copy_(original)
+        made[:] = [Producer.apply(anchor)]
         original.sum()  # takes the copy's place in the caches, and need not be written back
 
     def run() -> Tensor:
-        logits = Producer.apply(anchor)
+        logits = made.pop() if made else Producer.apply(anchor)  # of several short calls a sample, the later ones
         value = softce.cross_entropy(logits, inputs.target, **inputs.kwargs, options=options)
         value.backward()
         return value.detach()
