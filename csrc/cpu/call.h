@@ -34,10 +34,16 @@ struct Call {
 // shapes alone.
 using Kernels = double (*)(const Call&);
 
+// How many of n indices are not ignored; -1 where one is neither that nor a class.
+using CountIndices = int64_t (*)(const int64_t* index, int64_t n, int64_t ignore_index, int64_t classes);
+
 double run_baseline(const Call&);
+int64_t count_baseline(const int64_t* index, int64_t n, int64_t ignore_index, int64_t classes);
 #if defined(__x86_64__)
 double run_avx2(const Call&);
+int64_t count_avx2(const int64_t* index, int64_t n, int64_t ignore_index, int64_t classes);
 double run_avx512(const Call&);
+int64_t count_avx512(const int64_t* index, int64_t n, int64_t ignore_index, int64_t classes);
 #endif
 
 // Scratch of the calling thread, 64-byte aligned, kept for its next call; throws std::bad_alloc. `slot` names one of

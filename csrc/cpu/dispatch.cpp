@@ -47,6 +47,7 @@ namespace {
 struct Isa {
   const char* name;
   Kernels run;
+  CountIndices count;
   const char* missing;  // null: usable here
 };
 
@@ -58,13 +59,13 @@ const std::vector<Isa>& isas() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    built.push_back({"avx512", run_avx512, avx512 ? nullptr : "this CPU lacks AVX-512 F, BW, VL or DQ"});
-    built.push_back({"avx2", run_avx2, avx2 ? nullptr : "this CPU lacks AVX2 or FMA"});
+    built.push_back({"avx512", run_avx512, count_avx512, avx512 ? nullptr : "this CPU lacks AVX-512 F, BW, VL or DQ"});
+    built.push_back({"avx2", run_avx2, count_avx2, avx2 ? nullptr : "this CPU lacks AVX2 or FMA"});
 #endif
 #if defined(__aarch64__)
-    built.push_back({"neon", run_baseline, nullptr});
+    built.push_back({"neon", run_baseline, count_baseline, nullptr});
 #else
-    built.push_back({"baseline", run_baseline, nullptr});
+    built.push_back({"baseline", run_baseline, count_baseline, nullptr});
 #endif
     return built;
   }();
@@ -108,6 +109,12 @@ void survey_rows(const Problem& p, const A* row_weight, int64_t from, int64_t to
   const A* weight = t.value || t.entries != 1 ? nullptr : static_cast<const A*>(t.weight);
   int64_t counted = 0;
   double sum = 0;
+  if (t.entries == 1 && !weight && !row_weight) {
+    const CountIndices count = chosen().load(std::memory_order_relaxed)->count;
+    const int64_t found = count(t.index + from, to - from, t.ignore_index, p.classes);
+    out.denominator = double(found);
+    if (found >= 0) return;  // else the loop tells which index is none
+  }
   for (int64_t r = from; r < to; ++r) {
     const int64_t* index = t.index + r * t.entries;
     bool any = false;

@@ -60,17 +60,18 @@ SOFTCE_INLINE V log_quotient(V a, V b) {
 }
 
 // Rows [first, first + n): sums in, factors out. A row's gradient is live ? e * a - pull * q : 0, where q is w * (mix_a
-// * t + mix_b) with a dense target and w times the row's base with a sparse one, and e has lost `take` at the class of
-// the row's only entry.
+// * t + mix_b) with a dense target and w times the row's base with a sparse one, and of the e at the class of the row's
+// only entry no more than `left` is left.
 template <class A>
 struct Group {
   int64_t first = 0, n = 0;
+  bool dead = false;  // whether some row is not live
   // Sums under Ref{shift, 0}: of e; with a sparse target over a base of w * y; with a dense one of q and of q * y.
   alignas(64) A e[kGroup], y[kGroup], q[kGroup], qy[kGroup], shift[kGroup];
   // Class indices: weight of the class, 0 of an ignored row; its logit, its e.
   alignas(64) A entry[kGroup], entry_x[kGroup], entry_e[kGroup];
   alignas(64) int64_t place[kGroup];                                                   // of that e
-  alignas(64) A a[kGroup + kLanes<A>], pull[kGroup + kLanes<A>], take[kGroup];         // two are read from any row on
+  alignas(64) A a[kGroup + kLanes<A>], pull[kGroup + kLanes<A>], left[kGroup];         // two are read from any row on
   alignas(64) A loss[kGroup], lse[kGroup], mass[kGroup], count[kGroup], live[kGroup];  // live: 1 or 0
   alignas(64) A part[kGroup];                                                          // of the loss of the call
 };
@@ -126,10 +127,11 @@ inline bool simple(const Context<A>& ctx) {
 template <class A, class X, class Place>
 SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, const A* e, X x_of, Place place_of) {
   const A* const weight = ctx.weight;
-  for (int64_t i = 0; i < g.n; ++i) g.live[i] = g.count[i] = 1;
-  if (!ctx.sparse) return;
-  if (ctx.target.entries != 1) {
-    for (int64_t i = 0; i < g.n; ++i) g.live[i] = ctx.ignored(g.first + i) ? A(0) : A(1);
+  if (!ctx.sparse || ctx.target.entries != 1) {
+    for (int64_t i = 0; i < g.n; ++i) {
+      g.live[i] = ctx.sparse && ctx.ignored(g.first + i) ? A(0) : A(1);
+      g.count[i] = 1;
+    }
     return;
   }
   // Loops apart, and as little as there can be in the first one: the others are vectors.
@@ -174,13 +176,16 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, Sc
     g.y[i] = g.q[i] = g.qy[i] = g.shift[i] = g.entry[i] = g.entry_x[i] = g.entry_e[i] = g.count[i] = g.live[i] = 0;
   }
   const V all_mass = splat(mix_b * A(w_sum) + mix_a), all_inverse = A(1) / all_mass;  // of unweighted entries
-  U odd{};
+  U odd{}, dead{};
   for (int64_t i = 0; i < g.n; i += kStep) {
     const V e = load<V>(g.e + i), shift = load<V>(g.shift + i);
     const Log<V> log_e = log_or_nan<A>(e);
     const V lse = shift + log_e.value();
-    V alive = load<V>(g.live + i), pull, a, entry{}, in_e{};
-    if (ctx.sparse) entry = load<V>(g.entry + i) * mix_a;
+    V alive = load<V>(g.live + i), pull, a, entry{}, own{}, in_e{};
+    if (ctx.sparse) {
+      entry = load<V>(g.entry + i) * mix_a;
+      own = load<V>(g.entry_e + i);
+    }
     if (call.op == Op::grad) {
       a = rows(coef, i);
       pull = rows(coef + ctx.rows, i);
@@ -201,7 +206,7 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, Sc
       V loss = fma(mass, log_e.high, -dot) + mass * log_e.low;
       if (ctx.sparse) {
         // -log p of the entry: where p is a good part, from e alone, so that a certain prediction has no loss.
-        const V own = load<V>(g.entry_e + i), far = log_e.minus(fma(load<V>(g.entry_x + i), splat(scale), -shift));
+        const V far = log_e.minus(fma(load<V>(g.entry_x + i), splat(scale), -shift));
         const V near = log_quotient<A>(e, own);
         const V product = entry * (own > A(kGoodPart) * e ? near : far);
         loss += entry == 0 ? zero : product;
@@ -235,19 +240,24 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, Sc
     // Out of the range of e: |take| or 1 / |a| beyond 1e25, but not nan.
     constexpr A kFar = A(1e25), kTiny = A(1e-25);
     odd |= (U)((take > kFar) | (take < -kFar) | ((take != 0) & (a < kTiny) & (a > -kTiny)));
+    dead |= (U)(alive == 0);
     store(g.live + i, alive);
     store(g.a + i, a);
     store(g.pull + i, ctx.sparse ? pull * mix_b : pull);
-    store(g.take + i, take);
+    store(g.left + i, own - take);
     store(g.entry + i, off);
   }
   bool any_odd = false;
-  for (int j = 0; j < kStep; ++j) any_odd |= odd[j] != 0;
+  g.dead = false;
+  for (int j = 0; j < kStep; ++j) {
+    any_odd |= odd[j] != 0;
+    g.dead |= dead[j] != 0;
+  }
   for (int64_t i = 0; any_odd && i < g.n; ++i) {
     if (g.live[i] == 0 || g.entry[i] == 0 || g.a[i] != g.a[i]) continue;
     scale_row(i, g.a[i]);
+    g.left[i] = g.entry_e[i] * g.a[i] - g.entry[i];
     g.a[i] = 1;
-    g.take[i] = g.entry[i];
   }
   return call.op == Op::grad ? 0.0 : sum_of_all(g.part, g.n);
 }
@@ -256,9 +266,10 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, Sc
 template <class A, class ScaleRow, class TakeEntry>
 inline double settle_any(const Context<A>& ctx, Group<A>& g, double w_sum, ScaleRow scale_row, TakeEntry take_entry) {
   double total = 0;
+  g.dead = true;  // rare enough here not to be worth a closer look
   for (int64_t i = 0; i < g.n; ++i) {
     const int64_t r = g.first + i;
-    g.take[i] = g.loss[i] = g.lse[i] = g.mass[i] = 0;
+    g.loss[i] = g.lse[i] = g.mass[i] = 0;
     if (g.live[i] == 0) {
       g.count[i] = 0;
       continue;
@@ -296,7 +307,7 @@ inline double settle(const Context<A>& ctx, Group<A>& g, double w_sum, A* e, Sca
     return settle_any(ctx, g, w_sum, scale_row, [&](int64_t i, int64_t c, A amount) { e[place_of(i, c)] -= amount; });
   const double loss = settle_simple(ctx, g, w_sum, scale_row);
   if (ctx.sparse && ctx.call.op != Op::stats)
-    for (int64_t i = 0; i < g.n; ++i) e[g.place[i]] -= g.take[i];
+    for (int64_t i = 0; i < g.n; ++i) e[g.place[i]] = g.left[i];
   return loss;
 }
 

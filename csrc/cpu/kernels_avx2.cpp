@@ -3,5 +3,6 @@
 #if defined(__x86_64__)
 #define SOFTCE_ISA avx2
 #define SOFTCE_RUN run_avx2
+#define SOFTCE_COUNT count_avx2
 #include "kernels.h"
 #endif

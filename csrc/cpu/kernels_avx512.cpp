@@ -3,5 +3,6 @@
 #if defined(__x86_64__)
 #define SOFTCE_ISA avx512
 #define SOFTCE_RUN run_avx512
+#define SOFTCE_COUNT count_avx512
 #include "kernels.h"
 #endif

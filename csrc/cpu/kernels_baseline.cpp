@@ -2,4 +2,5 @@
 // Flags: none; 16-byte vectors on any CPU.
 #define SOFTCE_ISA baseline
 #define SOFTCE_RUN run_baseline
+#define SOFTCE_COUNT count_baseline
 #include "kernels.h"

@@ -39,12 +39,13 @@ struct ShortRows {
     const U tail = (U)(lane_numbers<A>() < splat(A(length - whole)));
     for (int64_t i = 0; i < n; i += kLane) {
       V s[kLane];
+      const A* p = values + i * length;
 #pragma GCC unroll 16
       for (int k = 0; k < kLane; ++k) {
-        const A* p = values + (i + k < n ? i + k : n - 1) * length;
         s[k] = V{};
         for (int64_t c = 0; c < whole; c += kLane) s[k] += load<V>(p + c);
         if (whole < length) s[k] += bits<V>(bits<U>(load<V>(p + whole)) & tail);
+        p += i + k + 1 < n ? length : 0;
       }
       store(to + i, add_each<A>(s));
     }

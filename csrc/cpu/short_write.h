@@ -12,12 +12,11 @@ SOFTCE_INLINE typename VecOf<A>::V lane_numbers() {
 // Arrays of one value a class of every row, and the rows' places in the tensors (or in copies, where the tensor's rows
 // do not follow each other).
 template <class X, class D>
-struct ShortTile {
+struct ShortArrays {
   using A = typename X::Acc;
   using Elem = typename X::Elem;
   using Dense = typename D::Elem;
 
-  Group<A> group;
   int64_t size;  // elements
   A *e, *q, *qy, *a, *weight;
   A* e_sums;  // of wide rows, a vector each; q and qy then have no more than that
@@ -26,14 +25,19 @@ struct ShortTile {
   const Elem* x;
   const Dense* d;
 
-  template <class IO>
+  template <class IO, bool kWhole = false>
   SOFTCE_INLINE void read(const typename IO::Elem* from, int64_t at, typename IO::V* v) const {
-    if (at + kLanes<A> <= size) {
+    if (kWhole || at + kLanes<A> <= size) {
       IO::read(from + at, v);
     } else {
       read_part<IO>(from + at, size - at, v, A(0));
     }
   }
+};
+
+template <class X, class D>
+struct ShortTile : ShortArrays<X, D> {
+  Group<typename X::Acc> group;
 };
 
 template <class X, class D, Kind kKind, bool kWeighted>
@@ -42,6 +46,7 @@ struct ShortWriter {
   using V = typename X::V;
   using Elem = typename X::Elem;
   using Tile = ShortTile<X, D>;
+  using Arrays = ShortArrays<X, D>;
   static constexpr int kLane = kLanes<A>;
   static constexpr bool kBase = kKind == Kind::base, kDense = kKind == Kind::probs;
 
@@ -64,18 +69,18 @@ struct ShortWriter {
     return kWeighted ? q * load<V>(weight) : q;
   }
 
-  // Writes the vector at `i`, whose rows have the factors a and pull.
-  template <bool kPast>
-  static SOFTCE_INLINE void write(const Tile& t, Elem* out, V mix_a, V mix_b, int64_t i, V a, V pull) {
+  // Writes the vector at `i`, whose rows have the factors a and pull. kWhole: all of it is within the tile.
+  template <bool kPast, bool kWhole = false>
+  static SOFTCE_INLINE void write(const Arrays& t, Elem* out, V mix_a, V mix_b, int64_t i, V a, V pull) {
     V v = load<V>(t.e + i) * a;
     if constexpr (kDense) {
       V given;
-      t.template read<D>(t.d, i, &given);
+      t.template read<D, kWhole>(t.d, i, &given);
       v = fma(q_of(given, mix_a, mix_b, t.weight + i), -pull, v);
     }
     if constexpr (kBase && kWeighted) v = fma(load<V>(t.weight + i), -pull, v);
     if constexpr (kBase && !kWeighted) v -= pull;
-    if (i + kLane > t.size) {
+    if (!kWhole && i + kLane > t.size) {
       write_part<X>(out + i, t.size - i, &v);
     } else if constexpr (kPast) {
       X::write_stream(out + i, &v);
@@ -84,24 +89,31 @@ struct ShortWriter {
     }
   }
 
+  // The k-th vector of a lap that begins in row r.
+  template <bool kPast, bool kWhole>
+  SOFTCE_INLINE void in_lap(const Arrays& t, Elem* to, V mix_a, V mix_b, int64_t i, int64_t r, int64_t k) const {
+    const Group<A>& g = tile->group;
+    const int64_t from = r + lap->row[k];
+    const V pull = kBase || kDense ? pick(load<V>(g.pull + from), lap->lane[k]) : V{};
+    write<kPast, kWhole>(t, to, mix_a, mix_b, i, pick(load<V>(g.a + from), lap->lane[k]), pull);
+  }
+
   // Writes all vectors that begin before `limit`.
   template <bool kPast>
   void up_to(int64_t limit) {
-    const Tile& t = *tile;  // and other copies of what a store might have changed, for all that the compiler knows
-    const Group<A>& g = t.group;
-    const int64_t classes = ctx->classes;
+    // Copies of what a store might have changed, for all that the compiler knows.
+    const Arrays t = *tile;
+    const Group<A>& g = tile->group;
+    const int64_t classes = ctx->classes, lap_rows = lap->rows, lap_vectors = lap->vectors;
     const V mix_a = splat(A(ctx->spec.mix_a)), mix_b = splat(A(ctx->spec.mix_b));
     Elem* const to = out;
     if (limit > t.size) limit = t.size;
     int64_t i = at, r = row;
     if (classes < kNarrow) {
-      for (; i < limit; r += lap->rows) {
-        for (int64_t k = 0; k < lap->vectors && i < limit; ++k, i += kLane) {
-          const int64_t from = r + lap->row[k];
-          const V pull = kBase || kDense ? pick(load<V>(g.pull + from), lap->lane[k]) : V{};
-          write<kPast>(t, to, mix_a, mix_b, i, pick(load<V>(g.a + from), lap->lane[k]), pull);
-        }
-      }
+      // Whole laps without a question; such tiles are written in one go.
+      for (const int64_t length = lap_vectors * kLane; i + length <= limit; i += length, r += lap_rows)
+        for (int64_t k = 0; k < lap_vectors; ++k) in_lap<kPast, true>(t, to, mix_a, mix_b, i + k * kLane, r, k);
+      for (int64_t k = 0; i < limit; ++k, i += kLane) in_lap<kPast, false>(t, to, mix_a, mix_b, i, r, k);
     } else {
       const V lanes = lane_numbers<A>();
       for (int64_t end = (r + 1) * classes; i < limit; end += classes) {
@@ -117,7 +129,8 @@ struct ShortWriter {
     }
     at = i, row = r;
   }
-  void up_to(int64_t limit) {
+  // Not inlined: the sweep around it has too few registers left for both.
+  __attribute__((noinline)) void up_to(int64_t limit) {
     if (!tile || at >= limit) return;
     stream ? up_to<true>(limit) : up_to<false>(limit);
   }
@@ -131,7 +144,7 @@ struct ShortWriter {
     const Group<A>& g = tile->group;
     const int64_t classes = ctx->classes;
     const size_t bytes = size_t(classes) * sizeof(Elem);
-    for (int64_t i = 0; i < g.n; ++i)
+    for (int64_t i = 0; g.dead && i < g.n; ++i)
       if (g.live[i] == 0) __builtin_memset(out + i * classes, 0, bytes);
     for (int64_t i = 0; apart && i < g.n; ++i) __builtin_memcpy(ctx->out_row(g.first + i), out + i * classes, bytes);
     tile = nullptr;

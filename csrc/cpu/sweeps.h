@@ -28,6 +28,7 @@ struct Fast {
   static constexpr bool kTeacher = kKind == Kind::teacher;
   // Elements. Two streams a power of two ahead would share too few places of a cache with what is used meanwhile.
   static constexpr int kAhead = prefetch_bytes(kDense) * (kDense ? 3 : 4) / 4 / int(sizeof(Elem));
+  static constexpr int kAheadAgain = 2048 / int(sizeof(Dense));  // elements, of what comes from another cache
   static_assert(D::kUnit == kUnit && D::NV == NV, "logits and target are read in the same order");
 
   // Accumulators: as few as the latency of an addition allows, because sixteen registers are soon full.
@@ -139,7 +140,11 @@ struct Fast {
     }
     SOFTCE_INLINE void turn(int64_t from) const {
       if (from + kTurn > piece.n) return rest(from);
-      SOFTCE_UNROLL for (int u = 0; u < kUnroll; ++u) unit(from + u * kUnit);
+      SOFTCE_UNROLL for (int u = 0; u < kUnroll; ++u) {
+        // A long row's target has left the near caches. In float32 its prefetches cost more than they spare.
+        if constexpr (kKind == Kind::probs && sizeof(Dense) < 4) __builtin_prefetch(d + from + u * kUnit + kAheadAgain);
+        unit(from + u * kUnit);
+      }
     }
     __attribute__((noinline)) void rest(int64_t i) const {
       for (; i + kUnit <= piece.n; i += kUnit) {
