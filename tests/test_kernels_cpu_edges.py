@@ -262,3 +262,49 @@ def test_blocks_of_nothing(isa: str, others: float, kind: str) -> None:
     _, g, _ = fused_of(x, target, spec, mean=False)
     _, want, push = Truth(x, target, spec).fused(None, False)
     assert_gradient(g, want, "nothing", push)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["short", "planes"])
+def test_rows_without_a_gradient_among_many(isa: str, layout: str, dtype: torch.dtype) -> None:
+    """64 rows fill whole vectors: nothing else there asks for a look at rows whose gradient is 0."""
+    x, rows = edge_logits(layout, 64, dtype)
+    rows[5] = NAN
+    target = KernelTarget(torch.randint(12, (64, 1)))
+    acc = ops.acc_dtype(dtype)
+    row_weight = torch.ones(64, dtype=acc)
+    row_weight[5] = 0
+    spec = Spec()
+    _, grad, _ = fused_of(x, target, spec, row_weight, mean=False)
+    coef = torch.stack((row_weight, row_weight))
+    again = ops.row_grad(x, stats_of(x, target, spec)[LSE], coef, *target, IGNORE, spec)
+    want = torch.softmax(rows.double(), 1) - torch.nn.functional.one_hot(target.index[:, 0], 12)
+    want[5] = 0
+    for found in (grad, again):
+        assert torch.equal(rows_of(found)[5], torch.zeros(12, dtype=dtype))
+        assert_gradient(rows_of(found), want, "gradient", weight=1.0)
+
+
+@pytest.mark.parametrize("layout", ["short", "planes"])
+def test_certain_predictions_beside_a_row_out_of_range(isa: str, layout: str) -> None:
+    """The weight of row 0 takes its group's entries out of the units of e; p = 1 still has no gradient at all."""
+    x, rows = edge_logits(layout, 64, torch.float32)
+    rows[1:, 1:] -= 300
+    rows[1:, 0] = torch.arange(1.0, 64.0)
+    target = KernelTarget(torch.zeros(64, 1, dtype=torch.int64))
+    row_weight = torch.ones(64)
+    row_weight[0] = 1e-30
+    _, grad, _ = fused_of(x, target, Spec(), row_weight, mean=False)
+    assert torch.equal(rows_of(grad)[1:, 0], torch.zeros(63))
+    check(x, target, Spec(), row_weight=row_weight)
+
+
+def test_no_class_at_all(isa: str) -> None:
+    x, ignored = torch.zeros(3, 0), torch.full((3, 1), IGNORE)
+    loss, grad, _ = fused_of(x, KernelTarget(ignored), Spec())
+    assert math.isnan(loss) and grad.shape == (3, 0)
+    for index in (0, -1):
+        bad = ignored.clone()
+        bad[1] = index
+        with pytest.raises(IndexError, match="out of range"):
+            fused_of(x, KernelTarget(bad), Spec())

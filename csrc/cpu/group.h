@@ -65,7 +65,7 @@ SOFTCE_INLINE V log_quotient(V a, V b) {
 template <class A>
 struct Group {
   int64_t first = 0, n = 0;
-  bool dead = false;  // whether some row is not live
+  bool dead = false;  // whether some row may not be live
   // Sums under Ref{shift, 0}: of e; with a sparse target over a base of w * y; with a dense one of q and of q * y.
   alignas(64) A e[kGroup], y[kGroup], q[kGroup], qy[kGroup], shift[kGroup];
   // Class indices: weight of the class, 0 of an ignored row; its logit, its e.
@@ -153,7 +153,7 @@ SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, const A* e, X
 // Settles a simple group; returns its part of the loss. w_sum: the sum of the class weights, C where absent.
 // scale_row(i, factor) multiplies the e of a row, for rows whose entry cannot be told in units of e.
 template <class A, class ScaleRow>
-inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, ScaleRow scale_row) {
+inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, const A* e_rows, ScaleRow scale_row) {
   using V = typename VecOf<A>::V;
   using U = typename VecOf<A>::U;
   const Spec& spec = ctx.spec;
@@ -253,10 +253,10 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, Sc
     any_odd |= odd[j] != 0;
     g.dead |= dead[j] != 0;
   }
-  for (int64_t i = 0; any_odd && i < g.n; ++i) {
+  for (int64_t i = 0; ctx.sparse && any_odd && i < g.n; ++i) {
     if (g.live[i] == 0 || g.entry[i] == 0 || g.a[i] != g.a[i]) continue;
     scale_row(i, g.a[i]);
-    g.left[i] = g.entry_e[i] * g.a[i] - g.entry[i];
+    g.left[i] = e_rows[g.place[i]] - g.entry[i];  // of the rounded product, which a certain prediction's entry equals
     g.a[i] = 1;
   }
   return call.op == Op::grad ? 0.0 : sum_of_all(g.part, g.n);
@@ -305,7 +305,7 @@ template <class A, class ScaleRow, class Place>
 inline double settle(const Context<A>& ctx, Group<A>& g, double w_sum, A* e, ScaleRow scale_row, Place place_of) {
   if (!simple(ctx))
     return settle_any(ctx, g, w_sum, scale_row, [&](int64_t i, int64_t c, A amount) { e[place_of(i, c)] -= amount; });
-  const double loss = settle_simple(ctx, g, w_sum, scale_row);
+  const double loss = settle_simple(ctx, g, w_sum, e, scale_row);
   if (ctx.sparse && ctx.call.op != Op::stats)
     for (int64_t i = 0; i < g.n; ++i) e[g.place[i]] = g.left[i];
   return loss;
