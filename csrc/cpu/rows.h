@@ -146,6 +146,7 @@ struct Rows {
   }
 
   void zero(int64_t r) const {
+    if (ctx.classes == 0) return;  // memset takes no null pointer, whatever the length
     char* out = ctx.out_row(r);
     const int64_t stride = ctx.call.out.class_stride * int64_t(ctx.size);
     if (ctx.call.out.class_stride == 1) {
