@@ -299,6 +299,21 @@ def test_certain_predictions_beside_a_row_out_of_range(isa: str, layout: str) ->
     check(x, target, Spec(), row_weight=row_weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 0), (1, 0, 3)], ids=["rows", "planes"])
+def test_no_class_at_all(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, acc = torch.zeros(shape, dtype=dtype), torch.promote_types(dtype, torch.float32)
+    ignored = KernelTarget(torch.full((3, 1), IGNORE))
+    for target in (ignored, KernelTarget(dense=torch.zeros(shape, dtype=dtype))):
+        stats = stats_of(x, target, Spec())
+        assert torch.equal(stats[LOSS], torch.zeros(3, dtype=acc))
+        loss, grad, again = fused_of(x, target, Spec())
+        assert math.isnan(loss) and grad.shape == shape and torch.equal(stats, again)
+        assert fused_of(x, target, Spec(), mean=False)[0] == 0
+        grad = ops.row_grad(x, stats[LSE], torch.ones(2, 3, dtype=acc), *target, IGNORE, list(Spec()))
+        assert grad.shape == shape and grad.dtype == dtype
+
+
 def test_no_class_takes_no_index(isa: str) -> None:
     for index in (0, -1):
         target = KernelTarget(torch.tensor([[IGNORE], [index], [IGNORE]]))

@@ -30,20 +30,18 @@ struct Call {
   ParallelFor parallel = nullptr;
 };
 
-// Runs the call; returns, for fused, the sum over rows of row_weight * phi(l), added in an order that depends on
-// shapes alone.
-using Kernels = double (*)(const Call&);
+// What one instruction set offers.
+struct Kernels {
+  // Runs the call; returns, for fused, the sum over rows of row_weight * phi(l), added in an order that depends on
+  // shapes alone.
+  double (*run)(const Call&);
+  // How many of n indices are not ignored; -1 where one is neither that nor a class.
+  int64_t (*count)(const int64_t* index, int64_t n, int64_t ignore_index, int64_t classes);
+};
 
-// How many of n indices are not ignored; -1 where one is neither that nor a class.
-using CountIndices = int64_t (*)(const int64_t* index, int64_t n, int64_t ignore_index, int64_t classes);
-
-double run_baseline(const Call&);
-int64_t count_baseline(const int64_t* index, int64_t n, int64_t ignore_index, int64_t classes);
+extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
-double run_avx2(const Call&);
-int64_t count_avx2(const int64_t* index, int64_t n, int64_t ignore_index, int64_t classes);
-double run_avx512(const Call&);
-int64_t count_avx512(const int64_t* index, int64_t n, int64_t ignore_index, int64_t classes);
+extern const Kernels kernels_avx2, kernels_avx512;
 #endif
 
 // Scratch of the calling thread, 64-byte aligned, kept for its next call; throws std::bad_alloc. `slot` names one of

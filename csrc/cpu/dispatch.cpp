@@ -46,8 +46,7 @@ namespace {
 
 struct Isa {
   const char* name;
-  Kernels run;
-  CountIndices count;
+  const Kernels& kernels;
   const char* missing;  // null: usable here
 };
 
@@ -59,13 +58,13 @@ const std::vector<Isa>& isas() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    built.push_back({"avx512", run_avx512, count_avx512, avx512 ? nullptr : "this CPU lacks AVX-512 F, BW, VL or DQ"});
-    built.push_back({"avx2", run_avx2, count_avx2, avx2 ? nullptr : "this CPU lacks AVX2 or FMA"});
+    built.push_back({"avx512", kernels_avx512, avx512 ? nullptr : "this CPU lacks AVX-512 F, BW, VL or DQ"});
+    built.push_back({"avx2", kernels_avx2, avx2 ? nullptr : "this CPU lacks AVX2 or FMA"});
 #endif
 #if defined(__aarch64__)
-    built.push_back({"neon", run_baseline, count_baseline, nullptr});
+    built.push_back({"neon", kernels_baseline, nullptr});
 #else
-    built.push_back({"baseline", run_baseline, count_baseline, nullptr});
+    built.push_back({"baseline", kernels_baseline, nullptr});
 #endif
     return built;
   }();
@@ -94,6 +93,8 @@ std::atomic<const Isa*>& chosen() {
   return isa;
 }
 
+const Kernels& kernels() { return chosen().load(std::memory_order_relaxed)->kernels; }
+
 // ---- what is known before the logits are read ----
 
 constexpr int64_t kRowsAtOnce = 8192;  // rows a task of the check, whatever the number of threads
@@ -110,8 +111,7 @@ void survey_rows(const Problem& p, const A* row_weight, int64_t from, int64_t to
   int64_t counted = 0;
   double sum = 0;
   if (t.entries == 1 && !weight && !row_weight) {
-    const CountIndices count = chosen().load(std::memory_order_relaxed)->count;
-    const int64_t found = count(t.index + from, to - from, t.ignore_index, p.classes);
+    const int64_t found = kernels().count(t.index + from, to - from, t.ignore_index, p.classes);
     out.denominator = double(found);
     if (found >= 0) return;  // else the loop tells which index is none
   }
@@ -197,8 +197,6 @@ void write_to(Call& call, const Problem& p, const Block& out) {
   call.stream = call.large && past && reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
 }
 
-double run(const Call& call) { return chosen().load(std::memory_order_relaxed)->run(call); }
-
 }  // namespace
 }  // namespace cpu
 
@@ -209,7 +207,7 @@ bool launch_row_stats(const Problem& problem, bool extras, void* stats, Parallel
   call.extras = extras;
   call.stats = stats;
   call.parallel = parallel;
-  cpu::run(call);
+  cpu::kernels().run(call);
   return true;
 }
 
@@ -224,7 +222,7 @@ bool launch_row_grad(const Problem& problem, const void* lse, const void* coef, 
   call.coef_rows = coef_rows;
   cpu::write_to(call, problem, out);
   call.parallel = parallel;
-  cpu::run(call);
+  cpu::kernels().run(call);
   return true;
 }
 
@@ -245,7 +243,7 @@ bool launch_row_fused(const Problem& problem, const void* row_weight, Reduction 
   call.row_weight = row_weight;
   call.factor = empty ? 0.0 : problem.spec.scale / denominator;
   call.parallel = parallel;
-  const double sum = cpu::run(call);
+  const double sum = cpu::kernels().run(call);
   const double result = empty ? 0.0 : sum * problem.spec.scale / denominator;
   if (problem.logits.dtype == DType::f64) {
     *static_cast<double*>(loss) = result;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The CPU kernels of one instruction set. A translation unit defines SOFTCE_ISA (its namespace), SOFTCE_RUN and
-// SOFTCE_COUNT (its entry points) and includes this file once; setup.py gives the flags:
+// The CPU kernels of one instruction set. A translation unit defines SOFTCE_ISA (its namespace) and
+// SOFTCE_KERNELS (what dispatch.cpp finds them by) and includes this file once; setup.py gives the flags:
 //   kernels_avx2.cpp      -mavx2 -mfma -mf16c
 //   kernels_avx512.cpp    -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
 //   kernels_baseline.cpp  none
@@ -55,14 +55,11 @@ double run_as(const Call& call) {
   return Rows<A>{ctx, sweeps}.run();
 }
 
-}  // namespace
-}  // namespace softce::SOFTCE_ISA
-
-double softce::cpu::SOFTCE_RUN(const Call& call) {
-  return call.problem->logits.dtype == DType::f64 ? SOFTCE_ISA::run_as<double>(call) : SOFTCE_ISA::run_as<float>(call);
+double run(const Call& call) {
+  return call.problem->logits.dtype == DType::f64 ? run_as<double>(call) : run_as<float>(call);
 }
 
-int64_t softce::cpu::SOFTCE_COUNT(const int64_t* index, int64_t n, int64_t ignore_index, int64_t classes) {
+int64_t count(const int64_t* index, int64_t n, int64_t ignore_index, int64_t classes) {
   // No branch and no place of the bad ones: vectors count three to seven times as fast as a loop that asks each.
   int64_t outside = 0, ignored = 0;
   for (int64_t r = 0; r < n; ++r) {
@@ -71,3 +68,8 @@ int64_t softce::cpu::SOFTCE_COUNT(const int64_t* index, int64_t n, int64_t ignor
   }
   return outside == (uint64_t(ignore_index) >= uint64_t(classes) ? ignored : 0) ? n - ignored : -1;
 }
+
+}  // namespace
+}  // namespace softce::SOFTCE_ISA
+
+const softce::cpu::Kernels softce::cpu::SOFTCE_KERNELS = {softce::SOFTCE_ISA::run, softce::SOFTCE_ISA::count};

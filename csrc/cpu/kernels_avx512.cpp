@@ -2,7 +2,6 @@
 // Flags: see kernels.h.
 #if defined(__x86_64__)
 #define SOFTCE_ISA avx512
-#define SOFTCE_RUN run_avx512
-#define SOFTCE_COUNT count_avx512
+#define SOFTCE_KERNELS kernels_avx512
 #include "kernels.h"
 #endif
