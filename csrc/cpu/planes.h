@@ -41,8 +41,8 @@ struct Planes {
 
   // A class's part in the sweep.
   struct Plane {
-    const Elem *x, *next_x;  // next: what the prefetch is for
-    const Dense *d, *next_d;
+    const Elem *x, *far_x, *near_x;  // what the prefetches are for, see rows.h
+    const Dense *d, *far_d, *near_d;
     A* e;
     A weight;
   };
@@ -56,7 +56,7 @@ struct Planes {
     V e[kCount];
     SOFTCE_UNROLL for (int k = 0; k < kCount; ++k) {
       const int64_t at = i + k * kLane;
-      if (at * sizeof(Elem) % 64 == 0) __builtin_prefetch(p.next_x + at);
+      if (at * sizeof(Elem) % 64 == 0) prefetch(p.far_x + at, p.near_x + at);
       V y = read_at<X>(p.x, at, g.n) * scale;
       if constexpr (kShifted) y -= load<V>(g.shift + at);
       e[k] = y;
@@ -65,7 +65,7 @@ struct Planes {
         if (p.weight != 0) add_to(tile.qy_part + at, y * p.weight);
       }
       if constexpr (kDense) {
-        if (at * sizeof(Dense) % 64 == 0) __builtin_prefetch(p.next_d + at);
+        if (at * sizeof(Dense) % 64 == 0) prefetch(p.far_d + at, p.near_d + at);
         const V q = q_of(read_at<D>(p.d, at, g.n), p.weight), product = q * y;
         add_to(tile.q_part + at, q);
         add_to(tile.qy_part + at, q == 0 ? V{} : product);
@@ -107,15 +107,23 @@ struct Planes {
     V top = splat(A(-__builtin_inf()));
     // The prefetch runs some classes ahead, and from the last ones into the neighbouring tile. Rows side by side, class
     // after class, it is because planes lie powers of two apart: all classes of a row share a few places in a cache.
-    const int64_t run = n * int64_t(sizeof(Elem)), ahead = (prefetch_bytes(kDense) + run - 1) / run;
+    const int64_t run = n * int64_t(sizeof(Elem)), far = ((kDense ? kFar / 2 : kFar) + run - 1) / run,
+                  near = (kNear + run - 1) / run;
+    const auto ahead = [&](const auto* plane, int64_t class_stride, int64_t c) {
+      const bool wraps = c >= ctx.classes;
+      return plane + (wraps ? c % ctx.classes : c) * class_stride + (wraps ? n : 0);
+    };
     for (int64_t c = 0; c < ctx.classes; ++c) {
-      const bool wraps = c + ahead >= ctx.classes;
-      const int64_t coming = wraps ? (c + ahead) % ctx.classes : c + ahead, beside = wraps ? n : 0;
       Plane p;
       p.x = tile.x + c * stride;
-      p.next_x = tile.x + coming * stride + beside;
-      p.d = kDense ? tile.d + c * dense_stride : nullptr;
-      p.next_d = kDense ? tile.d + coming * dense_stride + beside : nullptr;
+      p.far_x = ahead(tile.x, stride, c + far);
+      p.near_x = ahead(tile.x, stride, c + near);
+      p.d = p.far_d = p.near_d = nullptr;
+      if constexpr (kDense) {
+        p.d = tile.d + c * dense_stride;
+        p.far_d = ahead(tile.d, dense_stride, c + far);
+        p.near_d = ahead(tile.d, dense_stride, c + near);
+      }
       p.e = tile.e + c * tile.pitch;
       p.weight = ctx.weight ? ctx.weight[c] : A(1);
       if constexpr (kBefore) second(*before, c);

@@ -8,11 +8,25 @@ constexpr int64_t kChunk = 1 << 15;       // classes a task, where a row is shar
 constexpr int64_t kFewRows = 16;          // fewer rows than this are shared
 constexpr int64_t kTask = 1 << 15;        // elements a task, at least, where rows are dealt out
 constexpr int64_t kScratchRow = 1 << 18;  // elements of scratch for rows that are shared
-constexpr int kPrefetch = 8192;           // bytes that the prefetch runs ahead, shared by the streams that are read:
-                                          // twice memory's latency times its bandwidth, a fourth of a small cache
 constexpr int kPad = 64;                  // scratch behind a head or a tail
 
-constexpr int prefetch_bytes(bool dense) { return kPrefetch / (dense ? 2 : 1); }
+// For what is read on and on. Memory is asked for what lies kFar bytes ahead into the second cache, which can wait for
+// more lines at a time than the first; the first takes it from there, kNear bytes ahead. Every line: a few left out
+// cost more than all the prefetches.
+constexpr int kFar = 16384, kNear = 2048;
+
+SOFTCE_INLINE void prefetch(const void* far, const void* near) {
+  __builtin_prefetch(far, 0, 2);
+  __builtin_prefetch(near);
+}
+
+// kTwo: two streams share what is ahead. A power of two ahead they would share too few places of a cache with what is
+// used meanwhile.
+template <bool kTwo, class T>
+SOFTCE_INLINE void prefetch_after(const T* at) {
+  const char* p = reinterpret_cast<const char*>(at);
+  prefetch(p + (kTwo ? kFar / 2 * 3 / 4 : kFar), p + kNear);
+}
 
 template <class A>
 struct Sweeps {

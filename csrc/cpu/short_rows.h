@@ -17,7 +17,6 @@ struct ShortRows {
   using Dense = typename D::Elem;
   static constexpr int kLane = kLanes<A>;
   static constexpr bool kBase = kKind == Kind::base, kDense = kKind == Kind::probs;
-  static constexpr int kAhead = prefetch_bytes(kDense) / int(sizeof(Elem));  // elements
   static_assert(kPart % (4 * kLane) == 0, "parts are whole fours");
   static constexpr int64_t kPadded = kLane;  // elements behind each array of a tile
   static_assert(X::NV == 1 && D::NV == 1, "one vector a unit");
@@ -131,10 +130,10 @@ struct ShortRows {
         V x[kTogether], t[kTogether];
         SOFTCE_UNROLL for (int k = 0; k < kTogether; ++k) {
           const int64_t i = at + (from + k) * kLane;
-          if ((from + k) * kLane * sizeof(Elem) % 64 == 0) __builtin_prefetch(tile.x + i + kAhead);
+          if ((from + k) * kLane * sizeof(Elem) % 64 == 0) prefetch_after<kDense>(tile.x + i);
           X::read(tile.x + i, x + k);
           if constexpr (kDense) {
-            if ((from + k) * kLane * sizeof(Dense) % 64 == 0) __builtin_prefetch(tile.d + i + kAhead);
+            if ((from + k) * kLane * sizeof(Dense) % 64 == 0) prefetch_after<kDense>(tile.d + i);
             D::read(tile.d + i, t + k);
           }
         }
@@ -144,6 +143,8 @@ struct ShortRows {
     template <class Sink>
     SOFTCE_INLINE void one(int64_t at, Sink sink) {
       V x, t;
+      prefetch_after<kDense>(tile.x + at);
+      if constexpr (kDense) prefetch_after<kDense>(tile.d + at);
       tile.template read<X>(tile.x, at, &x);
       if constexpr (kDense) tile.template read<D>(tile.d, at, &t);
       step<1>(at, &x, &t, sink);

@@ -26,8 +26,6 @@ struct Fast {
   static constexpr bool kBase = kKind == Kind::base;
   static constexpr bool kDense = kKind == Kind::probs || kKind == Kind::teacher;
   static constexpr bool kTeacher = kKind == Kind::teacher;
-  // Elements. Two streams a power of two ahead would share too few places of a cache with what is used meanwhile.
-  static constexpr int kAhead = prefetch_bytes(kDense) * (kDense ? 3 : 4) / 4 / int(sizeof(Elem));
   static constexpr int kAheadAgain = 2048 / int(sizeof(Dense));  // elements, of what comes from another cache
   static_assert(D::kUnit == kUnit && D::NV == NV, "logits and target are read in the same order");
 
@@ -149,7 +147,7 @@ struct Fast {
     __attribute__((noinline)) void rest(int64_t i) const {
       for (; i + kUnit <= piece.n; i += kUnit) {
         // By now the row of the target may have left the near caches.
-        if constexpr (kKind == Kind::probs) __builtin_prefetch(d + i + kAhead);
+        if constexpr (kKind == Kind::probs) prefetch_after<true>(d + i);
         unit(i);
       }
       if (i >= piece.n) return;
@@ -224,10 +222,10 @@ struct Fast {
           V in[kUnits * NV], target[kUnits * NV];
           for (int k = 0; k < kUnits; ++k) {
             const int64_t at = i + (u + k) * kUnit;
-            if ((u + k) * kUnit * sizeof(Elem) % 64 == 0) __builtin_prefetch(x + at + kAhead);
+            if ((u + k) * kUnit * sizeof(Elem) % 64 == 0) prefetch_after<kDense>(x + at);
             X::read(x + at, in + k * NV);
             if constexpr (kDense) {
-              if ((u + k) * kUnit * sizeof(Dense) % 64 == 0) __builtin_prefetch(d + at + kAhead);
+              if ((u + k) * kUnit * sizeof(Dense) % 64 == 0) prefetch_after<true>(d + at);
               D::read(d + at, target + k * NV);
             }
           }
