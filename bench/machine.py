@@ -30,6 +30,13 @@ def _cpuinfo() -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
+def _cpu(entry: dict[str, str]) -> str:
+    """Its name, and its family and model where they are told: some virtual machines call every generation the same."""
+    name = entry.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key.split()[-1]} {entry[key]}" for key in ("cpu family", "model") if key in entry]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
 def _caches() -> dict[str, str]:
     found = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
@@ -75,7 +82,7 @@ def facts() -> dict[str, Any]:
     library = _library()
     memory = re.search(r"MemTotal:\s+(\d+)", _read("/proc/meminfo") or "")
     return {
-        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cpu": _cpu(cpu),
         "architecture": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "isa": [flag for flag in ISA_FLAGS if flag in flags],

@@ -360,6 +360,7 @@ def test_machine_facts_and_folder_name() -> None:
     assert facts["torch"] == torch.__version__ and facts["cores"] >= 1
     named = {"cpu": "AMD EPYC 7B13 64-Core Processor @ 2.2GHz", "cores": 2, "isa": ["avx2", "fma"]}
     assert machine.slug(named) == "amd-epyc-7b13-64-2c-avx2"
+    assert machine.slug({"cpu": "AMD EPYC (family 25, model 17)", "cores": 2, "isa": ["avx2"]}) == "amd-epyc-2c-avx2"
 
 
 def test_a_failure_shows_in_the_report() -> None:

@@ -302,7 +302,7 @@ def test_certain_predictions_beside_a_row_out_of_range(isa: str, layout: str) ->
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 0), (1, 0, 3)], ids=["rows", "planes"])
 def test_no_class_at_all(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, acc = torch.zeros(shape, dtype=dtype), torch.promote_types(dtype, torch.float32)
+    x, acc = torch.zeros(shape, dtype=dtype), ops.acc_dtype(dtype)
     ignored = KernelTarget(torch.full((3, 1), IGNORE))
     for target in (ignored, KernelTarget(dense=torch.zeros(shape, dtype=dtype))):
         stats = stats_of(x, target, Spec())
@@ -312,6 +312,9 @@ def test_no_class_at_all(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -
         assert fused_of(x, target, Spec(), mean=False)[0] == 0
         grad = ops.row_grad(x, stats[LSE], torch.ones(2, 3, dtype=acc), *target, IGNORE, list(Spec()))
         assert grad.shape == shape and grad.dtype == dtype
+        ops.row_grad_(x, stats[LSE], torch.ones(2, 3, dtype=acc), *target, IGNORE, list(Spec()))
+        loss, again = ops.row_fused_(x, *target, None, IGNORE, list(Spec()), True, False)
+        assert math.isnan(loss) and torch.equal(stats, again)
 
 
 def test_no_class_takes_no_index(isa: str) -> None:

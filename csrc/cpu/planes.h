@@ -41,7 +41,7 @@ struct Planes {
 
   // A class's part in the sweep.
   struct Plane {
-    const Elem *x, *far_x, *near_x;  // what the prefetches are for, see rows.h
+    const Elem *x, *far_x, *near_x;  // far, near: what the prefetches are for, see rows.h
     const Dense *d, *far_d, *near_d;
     A* e;
     A weight;
@@ -105,24 +105,26 @@ struct Planes {
     }
     const V scale = splat(A(ctx.scale));
     V top = splat(A(-__builtin_inf()));
-    // The prefetch runs some classes ahead, and from the last ones into the neighbouring tile. Rows side by side, class
-    // after class, it is because planes lie powers of two apart: all classes of a row share a few places in a cache.
+    // The prefetches run some classes ahead, and from the last ones into the next tile. Rows side by side, class after
+    // class, it is because planes lie powers of two apart: all classes of a row share a few places in a cache.
     const int64_t run = n * int64_t(sizeof(Elem)), far = ((kDense ? kFar / 2 : kFar) + run - 1) / run,
                   near = (kNear + run - 1) / run;
-    const auto ahead = [&](const auto* plane, int64_t class_stride, int64_t c) {
-      const bool wraps = c >= ctx.classes;
-      return plane + (wraps ? c % ctx.classes : c) * class_stride + (wraps ? n : 0);
+    const int64_t next_row = g.first + n < ctx.rows ? g.first + n : g.first;
+    const Elem* const next_x = reinterpret_cast<const Elem*>(ctx.x_row(next_row));
+    const Dense* const next_d = kDense ? reinterpret_cast<const Dense*>(ctx.dense_row(next_row)) : nullptr;
+    const auto ahead = [&](const auto* own, const auto* next, int64_t class_stride, int64_t c) {
+      return c < ctx.classes ? own + c * class_stride : next + c % ctx.classes * class_stride;
     };
     for (int64_t c = 0; c < ctx.classes; ++c) {
       Plane p;
       p.x = tile.x + c * stride;
-      p.far_x = ahead(tile.x, stride, c + far);
-      p.near_x = ahead(tile.x, stride, c + near);
+      p.far_x = ahead(tile.x, next_x, stride, c + far);
+      p.near_x = ahead(tile.x, next_x, stride, c + near);
       p.d = p.far_d = p.near_d = nullptr;
       if constexpr (kDense) {
         p.d = tile.d + c * dense_stride;
-        p.far_d = ahead(tile.d, dense_stride, c + far);
-        p.near_d = ahead(tile.d, dense_stride, c + near);
+        p.far_d = ahead(tile.d, next_d, dense_stride, c + far);
+        p.near_d = ahead(tile.d, next_d, dense_stride, c + near);
       }
       p.e = tile.e + c * tile.pitch;
       p.weight = ctx.weight ? ctx.weight[c] : A(1);

@@ -10,7 +10,7 @@ constexpr int64_t kTask = 1 << 15;        // elements a task, at least, where ro
 constexpr int64_t kScratchRow = 1 << 18;  // elements of scratch for rows that are shared
 constexpr int kPad = 64;                  // scratch behind a head or a tail
 
-// For what is read on and on. Memory is asked for what lies kFar bytes ahead into the second cache, which can wait for
+// For what is read on and on. What lies kFar bytes ahead is asked of memory into the second cache, which can wait for
 // more lines at a time than the first; the first takes it from there, kNear bytes ahead. Every line: a few left out
 // cost more than all the prefetches.
 constexpr int kFar = 16384, kNear = 2048;
@@ -20,8 +20,8 @@ SOFTCE_INLINE void prefetch(const void* far, const void* near) {
   __builtin_prefetch(near);
 }
 
-// kTwo: two streams share what is ahead. A power of two ahead they would share too few places of a cache with what is
-// used meanwhile.
+// kTwo: two streams share what is far ahead, and not at a power of two, where they would share too few places of a
+// cache with what is used meanwhile.
 template <bool kTwo, class T>
 SOFTCE_INLINE void prefetch_after(const T* at) {
   const char* p = reinterpret_cast<const char*>(at);

@@ -147,7 +147,7 @@ struct Fast {
     __attribute__((noinline)) void rest(int64_t i) const {
       for (; i + kUnit <= piece.n; i += kUnit) {
         // By now the row of the target may have left the near caches.
-        if constexpr (kKind == Kind::probs) prefetch_after<true>(d + i);
+        if (kKind == Kind::probs && i * sizeof(Dense) % 64 == 0) prefetch_after<true>(d + i);
         unit(i);
       }
       if (i >= piece.n) return;
@@ -235,8 +235,13 @@ struct Fast {
       totals.take(s);
     }
     before.rest(i);
+    const auto ahead = [&](int64_t at) {
+      prefetch_after<kDense>(x + at);
+      if constexpr (kDense) prefetch_after<true>(d + at);
+    };
     for (; i + kUnit <= n; i += kUnit) {
       V in[NV], target[NV];
+      ahead(i);
       X::read(x + i, in);
       if constexpr (kDense) D::read(d + i, target);
       step.template step<NV, kMasked>(in, target, e + i, teacher + i, s, 0);
@@ -245,6 +250,7 @@ struct Fast {
     if (i < n) {
       // Padding of -inf adds nothing but to the sum of y: there the elements themselves are added.
       V in[NV], target[NV];
+      ahead(i);
       read_part<X>(x + i, n - i, in, kLow);
       if constexpr (kDense) read_part<D>(d + i, n - i, target, kTeacher ? kLow : A(0));
       const V y = s.y;
