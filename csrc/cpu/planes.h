@@ -107,8 +107,8 @@ struct Planes {
     V top = splat(A(-__builtin_inf()));
     // The prefetches run some classes ahead, and from the last ones into the next tile. Rows side by side, class after
     // class, it is because planes lie powers of two apart: all classes of a row share a few places in a cache.
-    const int64_t run = n * int64_t(sizeof(Elem)), far = ((kDense ? kFar / 2 : kFar) + run - 1) / run,
-                  near = (kNear + run - 1) / run;
+    const int64_t run = n * int64_t(sizeof(Elem)), far = ((kDense ? kFarBytes / 2 : kFarBytes) + run - 1) / run,
+                  near = (kNearBytes + run - 1) / run;
     const int64_t next_row = g.first + n < ctx.rows ? g.first + n : g.first;
     const Elem* const next_x = reinterpret_cast<const Elem*>(ctx.x_row(next_row));
     const Dense* const next_d = kDense ? reinterpret_cast<const Dense*>(ctx.dense_row(next_row)) : nullptr;

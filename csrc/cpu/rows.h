@@ -10,10 +10,10 @@ constexpr int64_t kTask = 1 << 15;        // elements a task, at least, where ro
 constexpr int64_t kScratchRow = 1 << 18;  // elements of scratch for rows that are shared
 constexpr int kPad = 64;                  // scratch behind a head or a tail
 
-// For what is read on and on. What lies kFar bytes ahead is asked of memory into the second cache, which can wait for
-// more lines at a time than the first; the first takes it from there, kNear bytes ahead. Every line: a few left out
-// cost more than all the prefetches.
-constexpr int kFar = 16384, kNear = 2048;
+// For what is read on and on. What lies kFarBytes ahead is asked of memory into the second cache, which can wait for
+// more lines at a time than the first; the first takes it from there, kNearBytes ahead. Every line: a few left out cost
+// more than all the prefetches.
+constexpr int kFarBytes = 16384, kNearBytes = 2048;
 
 SOFTCE_INLINE void prefetch(const void* far, const void* near) {
   __builtin_prefetch(far, 0, 2);
@@ -25,7 +25,7 @@ SOFTCE_INLINE void prefetch(const void* far, const void* near) {
 template <bool kTwo, class T>
 SOFTCE_INLINE void prefetch_after(const T* at) {
   const char* p = reinterpret_cast<const char*>(at);
-  prefetch(p + (kTwo ? kFar / 2 * 3 / 4 : kFar), p + kNear);
+  prefetch(p + (kTwo ? kFarBytes / 2 * 3 / 4 : kFarBytes), p + kNearBytes);
 }
 
 template <class A>

@@ -26,7 +26,6 @@ struct Fast {
   static constexpr bool kBase = kKind == Kind::base;
   static constexpr bool kDense = kKind == Kind::probs || kKind == Kind::teacher;
   static constexpr bool kTeacher = kKind == Kind::teacher;
-  static constexpr int kAheadAgain = 2048 / int(sizeof(Dense));  // elements, of what comes from another cache
   static_assert(D::kUnit == kUnit && D::NV == NV, "logits and target are read in the same order");
 
   // Accumulators: as few as the latency of an addition allows, because sixteen registers are soon full.
@@ -140,7 +139,8 @@ struct Fast {
       if (from + kTurn > piece.n) return rest(from);
       SOFTCE_UNROLL for (int u = 0; u < kUnroll; ++u) {
         // A long row's target has left the near caches. In float32 its prefetches cost more than they spare.
-        if constexpr (kKind == Kind::probs && sizeof(Dense) < 4) __builtin_prefetch(d + from + u * kUnit + kAheadAgain);
+        if constexpr (kKind == Kind::probs && sizeof(Dense) < 4)
+          __builtin_prefetch(d + from + u * kUnit + kNearBytes / int(sizeof(Dense)));
         unit(from + u * kUnit);
       }
     }
