@@ -204,8 +204,8 @@ Call call_of(const Tensor& logits, const TargetArgs& target, int64_t ignore_inde
   throw std::out_of_range(message.str());
 }
 
-Tensor new_stats(const Call& call, bool extras) {
-  const int64_t sizes[] = {extras ? kStatsExtra : kStats, call.rows};
+Tensor new_stats(const Call& call, bool extras, bool wanted = true) {
+  const int64_t sizes[] = {!wanted ? 0 : extras ? kStatsExtra : kStats, call.rows};
   return new_tensor(sizes, 2, call.acc);
 }
 
@@ -227,7 +227,7 @@ void run_grad(const Call& call, const Tensor& lse, const Tensor& coef, const Blo
 }
 
 std::tuple<Tensor, Tensor> run_fused(const Call& call, const OptionalTensor& row_weight, bool mean, bool extras,
-                                     const Block& out) {
+                                     bool want_stats, const Block& out) {
   const void* weights = nullptr;
   if (row_weight) {
     const View view = view_of(*row_weight, "row_weight");
@@ -235,10 +235,10 @@ std::tuple<Tensor, Tensor> run_fused(const Call& call, const OptionalTensor& row
     weights = view.data;
   }
   Tensor loss = new_tensor(nullptr, 0, call.acc);
-  Tensor stats = new_stats(call, extras);
+  Tensor stats = new_stats(call, extras, want_stats);
   BadIndex bad;
-  if (!launch_row_fused(call.problem, weights, mean ? Reduction::mean : Reduction::sum, extras, data_of(loss),
-                        data_of(stats), out, parallel_for, &bad))
+  if (!launch_row_fused(call.problem, weights, mean ? Reduction::mean : Reduction::sum, extras && want_stats,
+                        data_of(loss), want_stats ? data_of(stats) : nullptr, out, parallel_for, &bad))
     fail_index(bad, call);
   return {std::move(loss), std::move(stats)};
 }
@@ -277,10 +277,10 @@ std::tuple<Tensor, Tensor, Tensor> row_fused(const Tensor& logits, const Optiona
                                              const OptionalTensor& value, const OptionalTensor& rest,
                                              const OptionalTensor& dense, const OptionalTensor& weight,
                                              const OptionalTensor& row_weight, int64_t ignore_index,
-                                             const std::vector<double>& spec, bool mean, bool extras) {
+                                             const std::vector<double>& spec, bool mean, bool extras, bool want_stats) {
   const Call call = call_of(logits, {index, value, rest, dense, weight}, ignore_index, spec, false);
   Tensor out = new_tensor(call.logits.sizes, call.logits.dim, call.logits.dtype);
-  auto [loss, stats] = run_fused(call, row_weight, mean, extras, packed_block(call, data_of(out)));
+  auto [loss, stats] = run_fused(call, row_weight, mean, extras, want_stats, packed_block(call, data_of(out)));
   return {std::move(loss), std::move(out), std::move(stats)};
 }
 
@@ -290,7 +290,7 @@ std::tuple<Tensor, Tensor> row_fused_(const Tensor& logits, const OptionalTensor
                                       int64_t ignore_index, const std::vector<double>& spec, bool mean, bool extras) {
   const Call call = call_of(logits, {index, value, rest, dense, weight}, ignore_index, spec, true);
   check_writable(call, row_weight, "row_weight");
-  return run_fused(call, row_weight, mean, extras, call.problem.logits);
+  return run_fused(call, row_weight, mean, extras, true, call.problem.logits);
 }
 
 // Memory for what Python's loops fill: `like` gives the dtype.

@@ -109,6 +109,7 @@ bool launch_row_grad(const Problem&, const void* lse, const void* coef, int coef
 //   loss (acc, 1 element) = scale * sum_r row_weight_r * phi(l_r) / denom
 //   denom = sum_r row_weight_r * count_r for mean, 1 for sum
 //   dlogits = d loss / d logits; `out` may be the logits' own memory.
+//   stats: null where nobody wants them
 // Deterministic: the sums over rows run in row order in double, whatever the number of threads.
 bool launch_row_fused(const Problem&, const void* row_weight, Reduction, bool extras, void* loss, void* stats,
                       const Block& out, ParallelFor, BadIndex* bad);

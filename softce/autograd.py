@@ -252,8 +252,10 @@ class _Fused(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits)
             ctx.dlogits = logits.detach()
         else:
-            loss, ctx.dlogits, stats = ops.row_fused(*arguments)
-            _save(ctx, logits, call, row_weight, stats)
+            # Without extras backward asks for statistics only to round half precision once.
+            want_stats = extras or logits.dtype.itemsize <= 2
+            loss, ctx.dlogits, stats = ops.row_fused(*arguments, want_stats)
+            _save(ctx, logits, call, row_weight, stats if want_stats else None)
         ctx.mean, ctx.extras, ctx.inplace = mean, extras, inplace
         return (loss, stats) if extras else loss
 
@@ -270,11 +272,11 @@ class _Fused(torch.autograd.Function):
                     "create_graph and gradients of the statistics have nothing left to read; use inplace=False for them"
                 )
             assert g_loss is not None
-            return _scaled(dlogits, g_loss, g_loss.item() if dlogits.device.type == "cpu" else None), None
+            return _scaled(dlogits, g_loss, g_loss.item() if dlogits.is_cpu else None), None
         if not only_loss:
             return _vjp_by_statistics(ctx, g_loss, g_stats), None
         assert g_loss is not None
-        factor = g_loss.item() if dlogits is None or dlogits.device.type == "cpu" else None
+        factor = g_loss.item() if dlogits is None or dlogits.is_cpu else None
         # The saved tensors are looked at only where they are needed: the logits may have been changed since.
         dtype = ctx.saved_tensors[0].dtype if dlogits is None else dlogits.dtype
         if factor is not None and factor != 1.0 and not _exact(factor, dtype):
@@ -282,7 +284,7 @@ class _Fused(torch.autograd.Function):
         if dlogits is None:  # a second backward: the first one gave the gradient away
             logits, call, (row_weight, _) = _restore(ctx)
             arguments = (logits, *call.target, row_weight, call.ignore_index, call.spec, ctx.mean, ctx.extras)
-            dlogits = ops.row_fused(*arguments)[1]
+            dlogits = ops.row_fused(*arguments, False)[1]
         return _scaled(dlogits, g_loss, factor), None
 
 
@@ -312,7 +314,6 @@ def _exact(factor: float, dtype: torch.dtype) -> bool:
 def _vjp_by_statistics(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) -> Tensor | None:
     """The gradient from the saved inputs: for ``create_graph``, for gradients of the statistics, to round once."""
     logits, call, (row_weight, saved) = _restore(ctx)
-    assert saved is not None
     create_graph = torch.is_grad_enabled()
     by_formula = create_graph or transform_active()
     with torch.enable_grad():
@@ -320,6 +321,8 @@ def _vjp_by_statistics(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) 
             source = logits.view_as(logits)
             stats = reference.row_stats(source, call.target, call.ignore_index, call.spec, ctx.extras)
         else:
+            if saved is None:
+                saved = row_stats(logits.detach(), call, ctx.extras)
             source = stats = saved.detach().requires_grad_()
         loss = reduce_stats(stats, call.spec, row_weight, ctx.mean)
         pairs = [(out, g) for out, g in ((loss, g_loss), (stats, g_stats)) if g is not None]
@@ -327,6 +330,7 @@ def _vjp_by_statistics(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) 
         (grad,) = torch.autograd.grad(outputs, source, grads, create_graph=create_graph)
     if by_formula:
         return grad
+    assert saved is not None
     return _stats_vjp(logits, call, saved, grad, (True, *(False,) * 5), ctx.extras)[0]
 
 

@@ -7,7 +7,8 @@ Three row operations stand behind every loss (``csrc/softce.h`` states the equat
 - ``row_grad``   logits, lse, coefficients, target -> dlogits
 - ``row_fused``  both in one pass over the logits, with the reduction
 
-``row_grad_`` and ``row_fused_`` write the gradient over the logits.
+``row_grad_`` and ``row_fused_`` write the gradient over the logits. ``row_fused`` without ``want_stats`` gives none of
+its statistics, ``(0, R)``: for rows of a few classes they would be a good part of all that is written.
 
 Logits are given as ``(R, C)`` with class stride 1 ("rows") or as ``(B, C, S)`` with the last stride 1 ("planes",
 row ``r = b * S + s``); a dense target has the logits' shape and the same kind of layout. Statistics and every
@@ -69,7 +70,7 @@ SCHEMAS = (
     f"row_stats(Tensor logits, {_TARGET}, int ignore_index, float[] spec, bool extras) -> Tensor",
     f"row_grad(Tensor logits, {_GRAD}) -> Tensor",
     f"row_grad_(Tensor(a!) logits, {_GRAD}) -> ()",
-    f"row_fused(Tensor logits, {_FUSED}) -> (Tensor loss, Tensor dlogits, Tensor stats)",
+    f"row_fused(Tensor logits, {_FUSED}, bool want_stats=True) -> (Tensor loss, Tensor dlogits, Tensor stats)",
     f"row_fused_(Tensor(a!) logits, {_FUSED}) -> (Tensor loss, Tensor stats)",
 )
 # For loops in Python, on CPUs: memory of the library's pool (csrc/pool.h), and a matrix turned over.
@@ -90,8 +91,9 @@ def rows_of(logits: Tensor) -> int:
     return logits.shape[0] if logits.dim() == 2 else logits.shape[0] * logits.shape[2]
 
 
-def _fake_stats(logits: Tensor, extras: bool) -> Tensor:
-    return logits.new_empty((STATS_EXTRA if extras else STATS, rows_of(logits)), dtype=acc_dtype(logits.dtype))
+def _fake_stats(logits: Tensor, extras: bool, wanted: bool = True) -> Tensor:
+    count = (STATS_EXTRA if extras else STATS) if wanted else 0
+    return logits.new_empty((count, rows_of(logits)), dtype=acc_dtype(logits.dtype))
 
 
 @torch.library.register_fake("softce::row_stats", lib=library)
@@ -110,9 +112,9 @@ def _(logits, lse, coef, index, value, rest, dense, weight, ignore_index, spec):
 
 
 @torch.library.register_fake("softce::row_fused", lib=library)
-def _(logits, index, value, rest, dense, weight, row_weight, ignore_index, spec, mean, extras):  # type: ignore[no-untyped-def]
+def _(logits, index, value, rest, dense, weight, row_weight, ignore_index, spec, mean, extras, want_stats=True):  # type: ignore[no-untyped-def]
     loss = logits.new_empty((), dtype=acc_dtype(logits.dtype))
-    return loss, logits.new_empty(logits.shape), _fake_stats(logits, extras)
+    return loss, logits.new_empty(logits.shape), _fake_stats(logits, extras, want_stats)
 
 
 @torch.library.register_fake("softce::row_fused_", lib=library)

@@ -135,8 +135,10 @@ def stats_of(x: Tensor, target: KernelTarget, spec: Spec, extras: bool = False) 
     return result
 
 
-def fused_of(x: Tensor, target: KernelTarget, spec: Spec, row_weight: Tensor | None = None, mean: bool = True) -> Any:
-    return ops.row_fused(x, *target, row_weight, IGNORE, list(spec), mean, False)
+def fused_of(
+    x: Tensor, target: KernelTarget, spec: Spec, row_weight: Tensor | None = None, mean: bool = True, stats: bool = True
+) -> Any:
+    return ops.row_fused(x, *target, row_weight, IGNORE, list(spec), mean, False, stats)
 
 
 def assert_gradient(got: Tensor, want: Tensor, what: str, weight: Tensor | float = 0.0) -> None:
@@ -187,6 +189,9 @@ def check(
     assert_stats(fused_stats, truth, dtype, "fused stats")
     torch.testing.assert_close(loss.double(), want_loss, rtol=4 * tolerance(dtype), atol=2 * tolerance(dtype))
     assert_gradient(g, like(want, x), "fused", push)
+
+    loss_, g_, no_stats = fused_of(x, target, spec, row_weight, mean, stats=False)
+    assert torch.equal(g_, g) and torch.equal(loss_, loss) and no_stats.shape == (0, len(truth.lse))
 
     coef = torch.rand(3 if extras else 2, len(truth.lse), dtype=acc) + 0.5
     arguments = (stats[LSE], coef, *target, IGNORE, list(spec))

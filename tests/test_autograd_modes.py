@@ -233,6 +233,22 @@ def test_what_no_kernel_can_do_goes_to_the_formula(cpu_kernels: None) -> None:
     assert calls["row_fused"] + calls["row_grad"] == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_several_upstream_gradients_at_once(dtype: torch.dtype, cpu_kernels: None) -> None:
+    """``is_grads_batched``: they have no one value, so the ready gradient is of no use; kernels make another."""
+    x = X.to(dtype).requires_grad_()
+    upstream = torch.tensor([1.0, -3.0], dtype=dtype)
+    want = run(F.cross_entropy, x.detach().double(), Y)[1]
+    for kwargs in ({}, {"reduction": "sum"}):
+        with kernel_calls() as calls:
+            loss = softce.cross_entropy(x, Y, **kwargs)
+            (got,) = torch.autograd.grad(loss, x, upstream, is_grads_batched=True)
+        assert calls["row_fused"] == 1 and calls["row_grad"] >= 1
+        scale = int((Y != -100).sum()) if kwargs else 1
+        tolerance = 16 * torch.finfo(dtype).eps * scale
+        torch.testing.assert_close(got.double(), scale * upstream.double().view(2, 1, 1) * want, rtol=0, atol=tolerance)
+
+
 def test_threads_of_backward(options: Options) -> None:
     """Losses of several graphs at once, from several Python threads."""
     import threading

@@ -48,6 +48,16 @@ def test_every_tail(isa: str, dtype: torch.dtype, kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
+def test_rows_in_tiles(isa: str, dtype: torch.dtype, kind: str) -> None:
+    """More than one tile of short rows, the last of them and its last block in part, around the changes of the way."""
+    for rows, classes in ((1100, 3), (1100, 10), (555, 63), (555, 64), (345, 100), (345, 127), (345, 128)):
+        x = logits_for((rows, classes), dtype)
+        check(x, target_for(kind, x), spec_for(kind, classes))
+        check(x, target_for(kind, x), spec_for(kind, classes, mix_a=0.9, mix_b=0.1 / classes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 def test_planes(isa: str, dtype: torch.dtype, kind: str) -> None:
     for shape in ((2, 5, 1), (2, 3, 7), (1, 21, 64), (2, 4, 700), (1, 300, 67), (1, 2100, 3)):
         x = logits_for(shape, dtype)

@@ -81,6 +81,18 @@ def test_opcheck(name: str, kind: str, layout: str, extras: bool) -> None:
     torch.library.opcheck(OPERATORS[name], (), arguments(name, LAYOUTS[layout](torch.float32), kind, extras))
 
 
+@pytest.mark.parametrize("kind", ["classes", "dense"])
+@pytest.mark.parametrize("layout", ["rows", "planes"])
+@pytest.mark.parametrize("extras", [False, True])
+def test_without_statistics(kind: str, layout: str, extras: bool) -> None:
+    """Loss and gradient are the same, and the statistics have no row."""
+    call = arguments("row_fused", LAYOUTS[layout](torch.float32), kind, extras)
+    loss, dlogits, _ = ops.row_fused(**call | {"extras": False})  # extras that nobody wants are not computed
+    got = ops.row_fused(**call, want_stats=False)
+    assert torch.equal(got[0], loss) and torch.equal(got[1], dlogits) and got[2].shape == (0, R)
+    torch.library.opcheck(ops.row_fused, (), call | {"want_stats": False})
+
+
 @pytest.mark.parametrize("kind", ["classes", "entries", "dense"])
 def test_opcheck_with_gradient(kind: str) -> None:
     logits = LAYOUTS["rows"](torch.float32).requires_grad_()

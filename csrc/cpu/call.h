@@ -18,7 +18,7 @@ struct Call {
   const Problem* problem = nullptr;
   Op op = Op::stats;
   bool extras = false;
-  void* stats = nullptr;       // acc (kStats or kStatsExtra, R)
+  void* stats = nullptr;       // acc (kStats or kStatsExtra, R), null: not wanted
   const void* lse = nullptr;   // acc (R,), grad only
   const void* coef = nullptr;  // acc (coef_rows, R), grad only
   int coef_rows = 0;

@@ -313,6 +313,7 @@ inline double settle(const Context<A>& ctx, Group<A>& g, double w_sum, A* e, Sca
 
 template <class A>
 inline void write_group_stats(const Context<A>& ctx, const Group<A>& g) {
+  if (!ctx.call.stats) return;
   const A* rows[kStats] = {g.loss, g.lse, g.mass, g.count};
   for (int i = 0; i < kStats; ++i)
     __builtin_memcpy(static_cast<A*>(ctx.call.stats) + i * ctx.rows + g.first, rows[i], size_t(g.n) * sizeof(A));

@@ -201,7 +201,7 @@ struct Planes {
       for (int64_t c = 0; c < ctx.classes; ++c) tile.e[c * tile.pitch + i] *= factor;
     };
     const double loss = settle(ctx, g, w_sum, tile.e, scale_row, place_of);
-    if (ctx.call.op != Op::grad) write_group_stats(ctx, g);
+    write_group_stats(ctx, g);
     return loss;
   }
 

@@ -339,6 +339,7 @@ inline Finished finish(const Context<A>& ctx, int64_t r, const char* x, const Su
 
 template <class A>
 inline void write_stats(const Context<A>& ctx, int64_t r, const Finished& row) {
+  if (!ctx.call.stats) return;
   const double values[kStatsExtra] = {row.loss, row.lse, row.mass, row.count, row.logp, row.entropy, row.correct};
   A* stats = static_cast<A*>(ctx.call.stats);
   for (int i = 0; i < (ctx.call.extras ? kStatsExtra : kStats); ++i) stats[i * ctx.rows + r] = A(values[i]);

@@ -6,7 +6,10 @@
 constexpr int64_t kShort = 2048;        // classes, at most
 constexpr int64_t kTileSize = 1 << 14;  // elements of a tile, about
 constexpr int64_t kPart = 192;          // elements that are read before as many of the tile before are written
-constexpr int64_t kWide = 64;           // classes from which on it pays to add up row by row within a tile
+constexpr int64_t kSwept = 1 << 10;     // elements, about, that are swept before their rows are added up
+constexpr int64_t kPaired = 64;         // classes from which on it pays to write a tile while the next one is read
+constexpr int64_t kWide = 128;          // classes from which on it pays to add up within the sweep, row by row; ..
+constexpr int64_t kWideDense = 64;      // .. with three sums a row
 
 template <class X, class D, Kind kKind, bool kWeighted>
 struct ShortRows {
@@ -55,13 +58,14 @@ struct ShortRows {
     V e{}, qy{}, q{};
   };
 
-  // What becomes of a vector's parts. They are in the arrays of the tile, ..
+  // What becomes of a vector's parts. They are in the arrays of the tile, which q and qy fill from `from` on, ..
   struct Keep {
     const Tile& tile;
+    int64_t from;
 
     SOFTCE_INLINE void given(int64_t at, V qy, V q) const {
-      if constexpr (kBase || kDense) store(tile.qy + at, qy);
-      if constexpr (kDense) store(tile.q + at, q);
+      if constexpr (kBase || kDense) store(tile.qy + at - from, qy);
+      if constexpr (kDense) store(tile.q + at - from, q);
     }
     SOFTCE_INLINE void power(V) const {}
   };
@@ -158,24 +162,37 @@ struct ShortRows {
     Group<A>& g = tile.group;
     const Exp<A, 5> exp(ctx.scale, Ref{});
     Sweep<kShifted> sweep{tile, exp, splat(A(ctx.scale)), splat(A(ctx.spec.mix_a)), splat(A(ctx.spec.mix_b))};
-    const bool wide = this->wide();
-    if (wide) {
-      sweep.top = by_row(tile, sweep, before);
-    } else {
-      const Keep keep{tile};
-      int64_t at = 0;
-      for (; sweep.kFours && at + 4 * kLane <= tile.size; at += 4 * kLane) sweep.four(at, keep);
-      for (; at < tile.size; at += kLane) sweep.one(at, keep);
-    }
-    const int64_t length = wide ? kLane : classes;
-    sums(wide ? tile.e_sums : tile.e, g.n, length, g.e);
-    if constexpr (kBase || kDense) sums(tile.qy, g.n, length, kBase ? g.y : g.qy);
-    if constexpr (kDense) sums(tile.q, g.n, length, g.q);
+    const bool wide =
+        classes >= (kDense ? kWideDense : kWide);  // such rows have what they add up to in one vector each
+    sweep.top = wide ? by_row(tile, sweep, before) : by_block(tile, sweep, before);
+    if (wide) add_up(tile, tile.e_sums, 0, g.n, kLane);
     return kShifted || suits<A>(g, sweep.top);
   }
 
-  // Rows of several vectors have what they add up to in one vector a row.
-  bool wide() const { return classes >= kWide; }
+  // The sums of rows [i, i + n), whose q and qy are at the beginning of their arrays.
+  SOFTCE_INLINE void add_up(Tile& tile, const A* e, int64_t i, int64_t n, int64_t length) const {
+    Group<A>& g = tile.group;
+    sums(e, n, length, g.e + i);
+    if constexpr (kBase || kDense) sums(tile.qy, n, length, (kBase ? g.y : g.qy) + i);
+    if constexpr (kDense) sums(tile.q, n, length, g.q + i);
+  }
+
+  // Blocks of as many rows as a vector has lanes, or a multiple, are whole vectors: no vector is of two of them.
+  // Returns the sweep's maximum.
+  template <class S>
+  SOFTCE_INLINE V by_block(Tile& tile, S sweep, Write& before) const {
+    const int64_t rows = kLane * (kSwept > classes * kLane ? kSwept / (classes * kLane) : 1);
+    for (int64_t i = 0; i < tile.group.n; i += rows) {
+      const int64_t n = i + rows < tile.group.n ? rows : tile.group.n - i, end = (i + n) * classes;
+      const Keep keep{tile, i * classes};
+      before.up_to(end);
+      int64_t at = keep.from;
+      for (; sweep.kFours && at + 4 * kLane <= end; at += 4 * kLane) sweep.four(at, keep);
+      for (; at < end; at += kLane) sweep.one(at, keep);
+      add_up(tile, tile.e + keep.from, i, n, classes);
+    }
+    return sweep.top;
+  }
 
   // Returns the sweep's maximum.
   template <class S>
@@ -255,9 +272,9 @@ struct ShortRows {
       for (int64_t c = 0; c < classes; ++c) tile.e[i * classes + c] *= factor;
     };
     const double loss = settle(ctx, g, w_sum, tile.e, scale_row, place_of);
-    if (ctx.call.op != Op::grad) write_group_stats(ctx, g);
+    write_group_stats(ctx, g);
     if (ctx.call.op != Op::stats) before = Write(ctx, lap, tile);
-    if (kApart || !wide()) before.finish();
+    if (kApart || classes < kPaired) before.finish();
     return loss;
   }
 

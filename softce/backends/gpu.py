@@ -264,12 +264,16 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return a_begin < b_end and b_begin < a_end
 
 
+_FUSED_ARGUMENTS = 10  # of a backend's row_fused behind the logits; the operator's own want_stats comes after them
+
+
 # Which of an operator's arguments follow the logits: the target's five, and before them row_grad's two.
 def _implementation(operator: str) -> Callable[..., Any]:
     grad, in_place = operator.startswith("row_grad"), operator.endswith("_")
     fused = operator.startswith("row_fused")
 
     def implementation(logits: Tensor, *arguments: Any) -> Any:
+        arguments, want_stats = arguments[:_FUSED_ARGUMENTS], all(arguments[_FUSED_ARGUMENTS:])
         given = dict(zip(("lse", "coef"), arguments, strict=False)) if grad else {}
         target = KernelTarget(*arguments[len(given) : len(given) + 5])
         if fused:
@@ -281,7 +285,8 @@ def _implementation(operator: str) -> Callable[..., Any]:
             check_in_place(logits, **target._asdict(), **given)
         backend = _module(choose(operator, logits, target, spec, extras))
         with torch.cuda.device_of(logits):
-            return getattr(backend, operator)(logits, *arguments)
+            made = getattr(backend, operator)(logits, *arguments)
+        return made if want_stats else (*made[:-1], made[-1].new_empty(0, made[-1].shape[1]))
 
     implementation.__name__ = operator
     return implementation
