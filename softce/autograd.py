@@ -42,15 +42,15 @@ def transform_active() -> bool:
     # A tracer reads the level to guard on it: a graph made outside of forward-mode AD is not for use within.
     if torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
         return True
-    return _within_transform()
+    return within_transform()
 
 
-def _within_transform() -> bool:
+def within_transform() -> bool:
     """For traced code too: the tracer is then within the same transforms, and guards on those that it entered."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-_within_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does
+within_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does
 
 
 def reraise(error: RuntimeError) -> None:
@@ -297,10 +297,9 @@ def _scaled(dlogits: Tensor, g_loss: Tensor, factor: float | None) -> Tensor:
 
 def is_batched(grad: Tensor | None) -> bool:
     """True for gradients under ``torch.func`` or ``autograd.grad(is_grads_batched=True)``: they have no one value."""
-    if transform_active():
-        return True
-    traced = torch.compiler.is_compiling()  # compiled autograd cannot trace the question
-    return grad is not None and not traced and torch._C._functorch.is_legacy_batchedtensor(grad)
+    if torch.compiler.is_compiling():  # compiled autograd cannot trace the question about the gradient
+        return transform_active()
+    return within_transform() or (grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad))
 
 
 def _exact(factor: float, dtype: torch.dtype) -> bool:

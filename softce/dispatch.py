@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import backends
-from .autograd import transform_active
+from .autograd import transform_active, within_transform
 from .options import Options
 from .validate import traced
 
@@ -46,8 +46,11 @@ def reasons_against_kernels(x: Tensor) -> list[str]:
 
 
 def cpu_kernels() -> bool:
-    """Whether kernels take ordinary CPU tensors here and now: what :func:`use_kernel` says of them by default."""
-    return not transform_active() and not backends.unavailable("cpu")
+    """Whether kernels take plain CPU tensors here and now: what :func:`use_kernel` says of them by default.
+
+    For calls that no tracer records: that is the caller's to know, and asking again would be felt (quick.py).
+    """
+    return not within_transform() and not backends.unavailable("cpu")
 
 
 def use_kernel(x: Tensor, options: Options) -> bool:

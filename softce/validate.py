@@ -100,17 +100,15 @@ def check_logits(input: Tensor, name: str = "input", hint: str = _INPUT_HINT) ->
 def may_be_probabilities(x: Tensor) -> bool:
     """False if one of three elements of the first row lies outside [0, 1]; ``x`` is one that may be looked at."""
     dim = 1 if x.dim() > 1 else 0
-    classes = x.shape[dim]
-    if classes < 2 or x.numel() == 0:
-        return False
-    address, step = x.data_ptr(), x.stride(dim) * x.element_size()
-    if not address:
+    classes, address = x.shape[dim], x.data_ptr()
+    if classes < 2 or not address:  # 0 where there is no element
         return False
     bits = _BITS[x.dtype]
     integer, one = bits.integer, bits.one
     # One comparison at a time: the first one ends it for most logits, and small inputs feel every microsecond.
     if integer.from_address(address).value > one:
         return False
+    step = x.stride(dim) * x.element_size()
     if integer.from_address(address + (classes - 1) * step).value > one:
         return False
     return bool(integer.from_address(address + classes // 2 * step).value <= one)
