@@ -252,7 +252,7 @@ class _Fused(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits)
             ctx.dlogits = logits.detach()
         else:
-            # Without extras backward asks for statistics only to round half precision once.
+            # Without extras backward needs them where half precision is to be rounded once; what else asks is rare.
             want_stats = extras or logits.dtype.itemsize <= 2
             loss, ctx.dlogits, stats = ops.row_fused(*arguments, want_stats)
             _save(ctx, logits, call, row_weight, stats if want_stats else None)
@@ -284,7 +284,7 @@ class _Fused(torch.autograd.Function):
         if dlogits is None:  # a second backward: the first one gave the gradient away
             logits, call, (row_weight, _) = _restore(ctx)
             arguments = (logits, *call.target, row_weight, call.ignore_index, call.spec, ctx.mean, ctx.extras)
-            dlogits = ops.row_fused(*arguments, False)[1]
+            dlogits = ops.row_fused(*arguments, ctx.extras)[1]  # as in forward, to the bit
         return _scaled(dlogits, g_loss, factor), None
 
 

@@ -116,10 +116,15 @@ def test_target_gradient_is_torchs(options: Options) -> None:
 @TARGET_FORMS
 @by_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_backward_twice_with_retain_graph(target: Tensor, reduction: str, dtype: torch.dtype, options: Options) -> None:
+@pytest.mark.parametrize("stats", [False, True])
+def test_backward_twice_with_retain_graph(
+    target: Tensor, reduction: str, dtype: torch.dtype, stats: bool, options: Options
+) -> None:
     """The second and third gradient are the first, to the bit, and accumulate as torch's do."""
     x = X.to(dtype).requires_grad_()
-    loss = softce.cross_entropy(x, target.to(dtype) if target is T else target, reduction=reduction, options=options)
+    target = target.to(dtype) if target is T else target
+    made = softce.cross_entropy(x, target, reduction=reduction, return_stats=stats, options=options)
+    loss = made[0] if isinstance(made, tuple) else made
     upstream = torch.linspace(0.5, 2, 4).to(dtype) if reduction == "none" else torch.ones((), dtype=dtype)
     grads = [torch.autograd.grad(loss, x, upstream, retain_graph=True)[0] for _ in range(3)]
     kept = grads[0].clone()

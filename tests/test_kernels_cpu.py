@@ -54,6 +54,11 @@ def test_rows_in_tiles(isa: str, dtype: torch.dtype, kind: str) -> None:
         x = logits_for((rows, classes), dtype)
         check(x, target_for(kind, x), spec_for(kind, classes))
         check(x, target_for(kind, x), spec_for(kind, classes, mix_a=0.9, mix_b=0.1 / classes))
+    x = logits_for((345, 50), dtype)
+    if dtype != torch.float64:  # whose truth has not so many digits more
+        x[40:50] += 300  # these rows have a reference of their own
+    weighted = target_for(kind, x)._replace(weight=torch.rand(50, dtype=ops.acc_dtype(dtype)) + 0.2)
+    check(x, weighted, spec_for(kind, 50, mix_a=0.9, mix_b=0.1 / 50))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -273,6 +273,12 @@ else:
         assert dlogits.isnan().all(1).tolist() == [False, False, True, True, True, False, False]
         assert dlogits[5].eq(0).all() and dlogits[[0, 1, 6]].isfinite().all()
 
+    def test_without_statistics() -> None:
+        x, index = torch.randn(7, 50), torch.arange(7).unsqueeze(1)
+        want = ops.row_fused(x, *KernelTarget(index), None, -100, list(Spec()), True, False)
+        got = ops.row_fused(x, *KernelTarget(index), None, -100, list(Spec()), True, False, want_stats=False)
+        assert same(got[0], want[0]) and same(got[1], want[1]) and got[2].shape == (0, 7)
+
     @pytest.mark.parametrize("config", [Config(4, 16, 4), Config(2, 8, 4)], ids=lambda c: f"{c.rows}x{c.block}")
     @pytest.mark.parametrize("kind", ["indices", "topk", "probs", "teacher"])
     def test_a_masked_class_whose_weight_has_parts_of_both_signs(kind: str, config: Config) -> None:

@@ -5,8 +5,8 @@
 
 constexpr int64_t kShort = 2048;        // classes, at most
 constexpr int64_t kTileSize = 1 << 14;  // elements of a tile, about
-constexpr int64_t kPart = 192;          // elements that are read before as many of the tile before are written
-constexpr int64_t kSwept = 1 << 10;     // elements, about, that are swept before their rows are added up
+constexpr int64_t kPart = 192;          // elements of a row that are read before as many of the tile before are written
+constexpr int64_t kSwept = 1 << 10;     // elements of rows, about, that are swept before those are added up
 constexpr int64_t kPaired = 64;         // classes from which on it pays to write a tile while the next one is read
 constexpr int64_t kWide = 128;          // classes from which on it pays to add up within the sweep, row by row; ..
 constexpr int64_t kWideDense = 64;      // .. with three sums a row
