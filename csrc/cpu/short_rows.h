@@ -162,8 +162,8 @@ struct ShortRows {
     Group<A>& g = tile.group;
     const Exp<A, 5> exp(ctx.scale, Ref{});
     Sweep<kShifted> sweep{tile, exp, splat(A(ctx.scale)), splat(A(ctx.spec.mix_a)), splat(A(ctx.spec.mix_b))};
-    const bool wide =
-        classes >= (kDense ? kWideDense : kWide);  // such rows have what they add up to in one vector each
+    // Wide rows have what they add up to in one vector each.
+    const bool wide = classes >= (kDense ? kWideDense : kWide);
     sweep.top = wide ? by_row(tile, sweep, before) : by_block(tile, sweep, before);
     if (wide) add_up(tile, tile.e_sums, 0, g.n, kLane);
     return kShifted || suits<A>(g, sweep.top);
