@@ -24,7 +24,7 @@ from . import ops, reference
 from .backends.gpu import scale_
 from .ops import ENTROPY, LOSS, LSE, MASS, STATS, TARGET_LOGP, KernelTarget, Spec
 from .reduction import reduce_stats
-from .validate import jit_traced
+from .validate import jit_traced, within_transform
 
 BAD_INDEX = "softce: target out of range"
 
@@ -43,14 +43,6 @@ def transform_active() -> bool:
     if torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
         return True
     return within_transform()
-
-
-def within_transform() -> bool:
-    """For traced code too: the tracer is then within the same transforms, and guards on those that it entered."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-within_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does
 
 
 def reraise(error: RuntimeError) -> None:

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import backends
-from .autograd import transform_active, within_transform
+from .autograd import transform_active
 from .options import Options
-from .validate import traced
+from .validate import traced, within_transform
 
 PLAIN = (Tensor, torch.nn.Parameter)
 TRACED = (FakeTensor, FunctionalTensor)  # what tracers pass: they record the operators

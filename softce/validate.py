@@ -66,16 +66,22 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
+def within_transform() -> bool:
+    """Whether a forward-mode AD level or a ``torch.func`` transform is active.
+
+    For traced code too: the tracer is then within the same transforms, and guards on those that it entered.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+within_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does
+
+
 def may_look(x: Tensor) -> bool:
     """Whether the data of ``x`` can be read here and now, without waiting for a device or breaking a trace."""
     if traced():
         return False
-    return (
-        type(x) in _PLAIN
-        and x.device.type == "cpu"
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
-    )
+    return type(x) in _PLAIN and x.device.type == "cpu" and not within_transform()
 
 
 _INPUT_HINT = "remove the softmax from the model, or pass from_probs=True for probabilities"
