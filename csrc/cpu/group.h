@@ -134,20 +134,18 @@ SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, const A* e, X
     }
     return;
   }
-  // Loops apart, and as little as there can be in the first one: the others are vectors.
+  // Loops apart: those that need no more than a row's own numbers are vectors, and of the other two only one has a
+  // choice to make.
   const int64_t *index = ctx.target.index + g.first, ignore_index = ctx.target.ignore_index;
+  const auto class_of = [&](int64_t i) { return index[i] == ignore_index ? 0 : index[i]; };  // no branch to guess
+  for (int64_t i = 0; i < g.n; ++i) g.place[i] = place_of(i, class_of(i));
   for (int64_t i = 0; i < g.n; ++i) {
-    const int64_t c = index[i] == ignore_index ? 0 : index[i];  // no branch that a CPU would have to guess
-    g.place[i] = place_of(i, c);
     g.entry_e[i] = e[g.place[i]];
-    g.entry_x[i] = x_of(i, c);
+    g.entry_x[i] = x_of(i, class_of(i));
   }
   for (int64_t i = 0; i < g.n; ++i) g.live[i] = index[i] == ignore_index ? A(0) : A(1);
-  if (weight) {
-    for (int64_t i = 0; i < g.n; ++i) g.entry[i] = g.count[i] = g.live[i] != 0 ? weight[index[i]] : A(0);
-  } else {
-    for (int64_t i = 0; i < g.n; ++i) g.entry[i] = g.count[i] = g.live[i];
-  }
+  for (int64_t i = 0; i < g.n; ++i) g.entry[i] = !weight ? g.live[i] : g.live[i] != 0 ? weight[index[i]] : A(0);
+  if (ctx.call.stats) __builtin_memcpy(g.count, g.entry, size_t(g.n) * sizeof(A));
 }
 
 // Settles a simple group; returns its part of the loss. w_sum: the sum of the class weights, C where absent.
@@ -225,9 +223,11 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, co
         part *= w;
       }
       store(g.part + i, alive == 0 ? zero : part);
-      store(g.loss + i, alive == 0 ? zero : loss);
-      store(g.lse + i, alive == 0 ? zero : lse);
-      store(g.mass + i, alive == 0 ? zero : mass);
+      if (call.stats) {
+        store(g.loss + i, alive == 0 ? zero : loss);
+        store(g.lse + i, alive == 0 ? zero : lse);
+        store(g.mass + i, alive == 0 ? zero : mass);
+      }
       a = lse == lse ? pull * mass / e : nan;
       alive = pull == 0 ? zero : alive;
       if (ctx.sparse) in_e = ctx.weight ? entry * e / mass : entry * e * all_inverse;

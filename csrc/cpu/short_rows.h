@@ -5,7 +5,7 @@
 
 constexpr int64_t kShort = 2048;        // classes, at most
 constexpr int64_t kTileSize = 1 << 14;  // elements of a tile, about
-constexpr int64_t kPart = 192;          // elements of a row that are read before as many of the tile before are written
+constexpr int64_t kPart = 768;          // elements that are read before as many of the tile before are written
 constexpr int64_t kSwept = 1 << 10;     // elements of rows, about, that are swept before those are added up
 constexpr int64_t kPaired = 64;         // classes from which on it pays to write a tile while the next one is read
 constexpr int64_t kWide = 128;          // classes from which on it pays to add up within the sweep, row by row; ..
@@ -35,15 +35,37 @@ struct ShortRows {
   using Tile = ShortTile<X, D>;
   using Write = ShortWriter<X, D, kKind, kWeighted>;
 
+  // The sums of `length` values for whole vectors of rows, each row kWhole vectors and a part of another long, in the
+  // order of `sums`; how many rows those are.
+  template <int kWhole>
+  static int64_t sums_of(const A* values, int64_t n, int64_t length, U tail, A* to) {
+    V s[kLane];
+    int64_t i = 0;
+    for (; i + kLane <= n; i += kLane) {
+      const A* p = values + i * length;
+      SOFTCE_UNROLL for (int k = 0; k < kLane; ++k, p += length) {
+        const V last = bits<V>(bits<U>(load<V>(p + kWhole * kLane)) & tail);
+        s[k] = kWhole == 0 ? last : load<V>(p);
+        SOFTCE_UNROLL for (int c = 1; c < kWhole; ++c) s[k] += load<V>(p + c * kLane);
+        if constexpr (kWhole > 0) s[k] += last;
+      }
+      store(to + i, add_each<A>(s));
+    }
+    return i;
+  }
+
   // The sum of `length` values for every row. Behind the last row of a vector stands its sum again.
   static void sums(const A* values, int64_t n, int64_t length, A* to) {
     const int64_t whole = length / kLane * kLane;
     const U tail = (U)(lane_numbers<A>() < splat(A(length - whole)));
-    for (int64_t i = 0; i < n; i += kLane) {
-      V s[kLane];
+    int64_t i = whole == 0           ? sums_of<0>(values, n, length, tail, to)
+                : whole == kLane     ? sums_of<1>(values, n, length, tail, to)
+                : whole == 2 * kLane ? sums_of<2>(values, n, length, tail, to)
+                                     : 0;
+    V s[kLane];
+    for (; i < n; i += kLane) {
       const A* p = values + i * length;
-#pragma GCC unroll 16
-      for (int k = 0; k < kLane; ++k) {
+      SOFTCE_UNROLL for (int k = 0; k < kLane; ++k) {
         s[k] = V{};
         for (int64_t c = 0; c < whole; c += kLane) s[k] += load<V>(p + c);
         if (whole < length) s[k] += bits<V>(bits<U>(load<V>(p + whole)) & tail);
@@ -198,14 +220,17 @@ struct ShortRows {
   template <class S>
   SOFTCE_INLINE V by_row(Tile& tile, S sweep, Write& before) const {
     const V lanes = lane_numbers<A>();
-    Parts begun;  // by the vector that the row before ended in
-    int64_t at = 0;
+    Parts begun;              // by the vector that the row before ended in
+    int64_t at = 0, due = 0;  // the tile before is not written for every few elements anew
     for (int64_t i = 0, end = classes; i < tile.group.n; ++i, end += classes) {
       Parts row = begun;
       const Add add{row};
-      for (int64_t part = at; sweep.kFours && part < end;) {
-        part = at + kPart < end ? at + kPart : end;
-        before.up_to(part);
+      while (sweep.kFours && at + 4 * kLane <= end) {
+        if (at + 4 * kLane > due) {
+          due = at + kPart;
+          before.up_to(due);
+        }
+        const int64_t part = end < due ? end : due;
         for (; at + 4 * kLane <= part; at += 4 * kLane) sweep.four(at, add);
       }
       for (; at + kLane <= end; at += kLane) sweep.one(at, add);
@@ -267,7 +292,7 @@ struct ShortRows {
     }
     before.finish();
     const auto place_of = [&](int64_t i, int64_t c) { return i * classes + c; };
-    index_group(ctx, g, tile.e, [&](int64_t i, int64_t c) { return X::to(tile.x[i * classes + c]); }, place_of);
+    index_group(ctx, g, tile.e, [&](int64_t i, int64_t) { return X::to(tile.x[g.place[i]]); }, place_of);
     const auto scale_row = [&](int64_t i, A factor) {
       for (int64_t c = 0; c < classes; ++c) tile.e[i * classes + c] *= factor;
     };
