@@ -23,6 +23,9 @@ from .cases import Case, Inputs
 from .timer import Entry
 
 INPLACE_FROM = 1 << 20
+SPIN = "spin"
+SPIN_ELEMENTS, SPIN_CALLS = 2048, 64
+BARE = ("memcpy", SPIN)  # measures of the machine, not losses
 
 
 def softce_module() -> ModuleType | None:
@@ -110,6 +113,17 @@ def _memcpy(name: str, inputs: Inputs) -> Entry:
     return Entry(name, lambda: buffer.copy_(source))
 
 
+def _spin(name: str, inputs: Inputs) -> Entry:
+    """A loop of arithmetic that stays in the first-level cache: it takes longer where something shares the core."""
+    source, buffer = torch.linspace(-1, 1, SPIN_ELEMENTS), torch.empty(SPIN_ELEMENTS)
+
+    def run() -> None:
+        for _ in range(SPIN_CALLS):
+            torch.exp(source, out=buffer)
+
+    return Entry(name, run)
+
+
 def _softce(name: str, inputs: Inputs) -> Entry:
     softce = softce_module()
     assert softce is not None
@@ -171,6 +185,7 @@ def registry(*adapters: Adapter) -> dict[str, Adapter]:
 
 ADAPTERS = registry(
     Adapter("memcpy", "memcpy of the logits", _memcpy),
+    Adapter(SPIN, "a fixed loop of arithmetic", _spin),
     Adapter("eager", "torch eager", _eager),
     Adapter("compile", "torch.compile", _compile, no_compiler),
     Adapter("softce", "softce", _softce, no_softce),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .adapters import SPIN
 from .measure import Record
 from .timer import ratio
 
@@ -59,7 +60,7 @@ def _panels(records: Sequence[Record], base: str, title: str, path: Path) -> str
     import matplotlib.pyplot as plt
 
     kinds = list(dict.fromkeys(r["case"]["kind"] for r in records))
-    names = [name for name in _names(records, "seconds") if name != base]
+    names = [name for name in _names(records, "seconds") if name not in (base, SPIN)]
     figure, grid = plt.subplots(len(kinds), 1, figsize=(9, 2.6 * len(kinds)), squeeze=False, layout="constrained")
     for axes, kind in zip(grid[:, 0], kinds, strict=True):
         group = [r for r in records if r["case"]["kind"] == kind and r["results"].get(base, {}).get("seconds")]

@@ -7,11 +7,16 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .adapters import BARE, SPIN
 from .measure import Record
 from .timer import ratio
 
 Document = dict[str, Any]
 MISSING = "-"
+SPIN_NOTE = (
+    f"`{SPIN}` is a fixed loop of arithmetic in the first-level cache. Where its median lies above its least time, "
+    "something else had a part of the core."
+)
 TITLES = {
     "logits": "Logits: end to end, one thread, default environment",
     "no-page-faults": "Logits: page faults taken out of every contestant",
@@ -76,15 +81,24 @@ def machine_block(document: Document) -> str:
 
 
 def targets_block(document: Document) -> str:
-    rows = []
-    for verdict in document["targets"]:
-        measured = [value for value in verdict["values"].values() if value is not None]
-        ends = (min(measured), max(measured)) if len(measured) > 1 else (verdict["worst"],)
-        spread = " to ".join(map(number, ends))
-        rows.append((verdict["what"], verdict["figure"], verdict["bound"], spread, verdict["status"]))
+    def spread(values: Iterable[float | None]) -> str:
+        measured = sorted({value for value in values if value is not None})
+        return " to ".join(map(number, measured[:1] + measured[1:][-1:])) or MISSING
+
+    rows = [
+        (
+            verdict["what"],
+            verdict["figure"],
+            verdict["bound"],
+            spread(verdict["values"].values()),
+            spread(verdict["least"].values()),
+            verdict["status"],
+        )
+        for verdict in document["targets"]
+    ]
     counts = Counter(verdict["status"] for verdict in document["targets"])
     summary = ", ".join(f"{counts[status]} {status}" for status in ("met", "missed", "not measured"))
-    return f"{summary}.\n\n" + table(("what", "figure", "to reach", "measured", ""), rows)
+    return f"{summary}.\n\n" + table(("what", "figure", "to reach", "measured", "of the least times", ""), rows)
 
 
 def timing_block(records: Sequence[Record]) -> str:
@@ -94,7 +108,7 @@ def timing_block(records: Sequence[Record]) -> str:
     for record in records:
         groups.setdefault((record["case"]["dtype"], record["case"]["kind"]), []).append(record)
     for (dtype, kind), group in groups.items():
-        names = [name for name in _contestants(group) if name != "memcpy"]
+        names = [name for name in _contestants(group) if name not in BARE]
         head = ["shape", "memcpy", *(f"{name} / memcpy" for name in names), "eager / softce", "compile / softce"]
         head += ["least traffic / memcpy", "softce GB/s", "gradient error: eager", "compile", "softce"]
         rows = [
@@ -238,6 +252,6 @@ def markdown(document: Document, plots: Sequence[str] = ()) -> str:
         parts += ["## Fused linear", linear_block(of("linear"), of("linear-memory"))]
     parts += [f"![{name}]({name})" for name in plots]
     if timed:
-        parts += ["## Time of a call", absolute_block(timed)]
+        parts += ["## Time of a call", SPIN_NOTE, absolute_block(timed)]
     parts += ["## What did not run", failures_block(document["records"])]
     return "\n\n".join(parts) + "\n"

@@ -105,7 +105,7 @@ def form_memory(settings: Settings) -> Iterator[Job]:
 
 
 def memory(settings: Settings) -> Iterator[Job]:
-    names = [name for name in settings.names(adapters.ADAPTERS) if name != "memcpy"]
+    names = [name for name in settings.names(adapters.ADAPTERS) if name not in adapters.BARE]
     shapes = ((64, 32768),) if settings.quick else ((16384, 1000), (512, 32768), (64, 262144), (8, 21, 256, 256))
     for case in cases.all_cases(settings.quick):
         if case.shape in shapes and case.kind in ("hard", "soft+smoothed") and case.dtype == "float32":

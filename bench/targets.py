@@ -9,14 +9,14 @@ something out never meets a target by that.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .cases import LARGE
 from .machine import has_bf16_instructions
 from .measure import Record
-from .timer import ratio
+from .timer import ratio, ratio_of_least
 
 COMPARE = {"<=": operator.le, ">=": operator.ge}
 
@@ -47,13 +47,21 @@ class Target:
         }[kind]
 
 
-def figure_of(record: Record, figure: tuple[str, ...]) -> float | None:
-    """The figure's value in ``record``; None where a contestant it needs has none."""
+def _median_ratio(top: Sequence[float], bottom: Sequence[float]) -> float:
+    return ratio(top, bottom)[0]
+
+
+def figure_of(
+    record: Record,
+    figure: tuple[str, ...],
+    quotient: Callable[[Sequence[float], Sequence[float]], float] = _median_ratio,
+) -> float | None:
+    """The figure's value in ``record``; None where a contestant it needs has none. ``quotient``: of two times."""
     kind, *names = figure
     results = [record["results"].get(name, {}) for name in names]
     if kind == "time":
         top, bottom = (result.get("seconds") for result in results)
-        return ratio(top, bottom)[0] if top and bottom else None
+        return quotient(top, bottom) if top and bottom else None
     if kind.startswith("gradient_error"):
         return results[0].get(kind)
     peaks = [result.get("peak_bytes") for result in results]
@@ -73,6 +81,7 @@ def figure_of(record: Record, figure: tuple[str, ...]) -> float | None:
 class Verdict:
     target: Target
     values: dict[str, float | None]  # by case id
+    least: dict[str, float | None]  # of times: the same of each contestant's least sample
 
     @property
     def worst(self) -> float | None:
@@ -99,6 +108,7 @@ class Verdict:
             "worst": self.worst,
             "status": self.status,
             "values": self.values,
+            "least": self.least,
         }
 
 
@@ -107,17 +117,18 @@ def evaluate(records: Iterable[Record], targets: Iterable[Target], machine: dict
     records = list(records)
     if has_bf16_instructions(machine):
         targets = [target for target in targets if target.needs != "no-bf16-instructions"]
-    return [
-        Verdict(
-            target,
-            {
-                record["case"]["id"]: figure_of(record, target.figure)
-                for record in records
-                if record["section"] == target.section and target.where(record["case"])
-            },
+    found = []
+    for target in targets:
+        picked = [r for r in records if r["section"] == target.section and target.where(r["case"])]
+        timed = picked if target.figure[0] == "time" else []
+        found.append(
+            Verdict(
+                target,
+                {record["case"]["id"]: figure_of(record, target.figure) for record in picked},
+                {record["case"]["id"]: figure_of(record, target.figure, ratio_of_least) for record in timed},
+            )
         )
-        for target in targets
-    ]
+    return found
 
 
 def _pick(

@@ -88,6 +88,11 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[flo
     return statistics.median(quotients), low, high
 
 
+def ratio_of_least(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """Quotient of the least samples: what is left where neighbours take a part of the machine from some of them."""
+    return min(numerator) / min(denominator)
+
+
 def _faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 

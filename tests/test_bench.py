@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from bench import __main__ as program  # noqa: E402
 from bench import accuracy, adapters, cases, forms, isolate, linear, machine, measure, report, targets, timer  # noqa: E402
 from bench.cases import Case  # noqa: E402
-from bench.timer import Entry, Samples, interleave, quartiles, ratio  # noqa: E402
+from bench.timer import Entry, Samples, interleave, quartiles, ratio, ratio_of_least  # noqa: E402
 
 TINY = Case((16, 50), "float32", "smoothed")
 
@@ -36,6 +36,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     base = [1.0, 1.0, 1.0, 10.0, 10.0]
     assert ratio([2 * value for value in base], base) == (2.0, 2.0, 2.0)
     assert ratio([4.0, 9.0], [2.0, 3.0, 5.0])[0] == 2.5  # only the rounds both took part in
+    assert ratio_of_least([4.0, 9.0], [6.0, 3.0, 2.0]) == 2.0  # whenever each was at its best
     assert quartiles([3.0]) == (3.0, 3.0)
     assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 4.0)
 
@@ -314,6 +315,18 @@ def test_targets_are_met_missed_and_not_measured() -> None:
     assert _verdict(FASTER, bad, _record(eager=1.6)).status == "missed"  # a miss stays a miss
     at_most = dataclasses.replace(FASTER, op="<=", bound=16.0)
     assert _verdict(at_most, good, bad).status == "met" and _verdict(at_most, good, bad).worst == pytest.approx(16.0)
+
+
+def test_targets_tell_the_least_times_beside_the_medians() -> None:
+    record = _record(eager=1.0, softce=0.1)
+    record["results"]["softce"]["seconds"] = [0.1, 0.05, 0.1]
+    verdict = _verdict(FASTER, record)
+    assert verdict.values == {record["case"]["id"]: pytest.approx(10.0)} and verdict.status == "missed"
+    assert verdict.least == {record["case"]["id"]: pytest.approx(20.0)}
+    accurate = targets.Target("t", "logits", WHERE, ("gradient_error", "softce"), "<=", 1.0)
+    assert _verdict(accurate, record).least == {}
+    document = {"machine": {}, "settings": {}, "records": [], "targets": [verdict.as_json()]}
+    assert "| >= 15 | 10 | 20 | missed |" in report.markdown(document)
 
 
 def test_targets_look_at_their_own_records_only() -> None:

@@ -50,7 +50,8 @@ def test_every_tail(isa: str, dtype: torch.dtype, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_in_tiles(isa: str, dtype: torch.dtype, kind: str) -> None:
     """More than one tile of short rows, the last of them and its last block in part, around the changes of the way."""
-    for rows, classes in ((1100, 3), (1100, 10), (555, 63), (555, 64), (345, 100), (345, 127), (345, 128)):
+    few = ((1100, 3), (1100, 10), (555, 16), (555, 20), (555, 40), (555, 63))
+    for rows, classes in (*few, (555, 64), (345, 100), (345, 127), (345, 128), (100, 300), (40, 1000)):
         x = logits_for((rows, classes), dtype)
         check(x, target_for(kind, x), spec_for(kind, classes))
         check(x, target_for(kind, x), spec_for(kind, classes, mix_a=0.9, mix_b=0.1 / classes))
