@@ -49,9 +49,11 @@ OPTIMIZE = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+AVX512_BF16 = "-mavx512bf16"  # not known to every compiler
 ISA_FLAGS = {
     "csrc/cpu/kernels_avx2.cpp": AVX2,
     "csrc/cpu/kernels_avx512.cpp": AVX512,
+    "csrc/cpu/kernels_avx512_bf16.cpp": [*AVX512, AVX512_BF16],
     "csrc/cpu/binary_avx2.cpp": AVX2,
     "csrc/cpu/binary_avx512.cpp": AVX512,
 }
@@ -81,6 +83,10 @@ def tool(name: str, candidates: list[str | None]) -> list[str]:
 def compiler() -> list[str]:
     chosen = os.environ.get("CXX")
     return tool("C++ compiler", [chosen] if chosen else ["c++", "g++", "clang++"])
+
+
+def accepts(cxx: list[str], flag: str) -> bool:
+    return subprocess.run([*cxx, flag, "-E", "-x", "c++", os.devnull], capture_output=True).returncode == 0
 
 
 def nvcc() -> list[str]:
@@ -170,7 +176,9 @@ def build_cpu(output: Path) -> dict[str, object]:
     sanitize = os.environ.get("SOFTCE_SANITIZE") == "1"
     flags = [*COMMON, *(SANITIZE if sanitize else OPTIMIZE), *shlex.split(os.environ.get("CXXFLAGS", ""))]
     operators = ["csrc/ops.cpp", "csrc/binary_ops.cpp", "csrc/transpose.cpp"]
-    own = {**ISA_FLAGS, **{source: torch_flags(torch, flags) for source in operators}}
+    unknown = [AVX512_BF16] if X86 and not accepts(cxx, AVX512_BF16) else []
+    own = {source: [flag for flag in more if flag not in unknown] for source, more in ISA_FLAGS.items()}
+    own = {**own, **{source: torch_flags(torch, flags) for source in operators}}
     baseline = ["csrc/cpu/kernels_baseline.cpp", "csrc/cpu/binary_baseline.cpp"]
     sources = [*operators, "csrc/look.cpp", "csrc/pool.cpp", "csrc/cpu/dispatch.cpp", *baseline]
     sources = [*(ISA_FLAGS if X86 else []), *sources]  # the slowest to compile first

@@ -17,7 +17,7 @@ constexpr int64_t kStreamBytes = int64_t{8} << 20;  // gradients that no cache w
 // The instruction set that the row kernels run on.
 cpu::BinaryPiece chosen_piece() {
 #if defined(__x86_64__)
-  if (std::strcmp(isa_chosen(), "avx512") == 0) return cpu::binary_avx512;
+  if (std::strncmp(isa_chosen(), "avx512", 6) == 0) return cpu::binary_avx512;
   if (std::strcmp(isa_chosen(), "avx2") == 0) return cpu::binary_avx2;
 #endif
   return cpu::binary_baseline;

@@ -41,7 +41,7 @@ struct Kernels {
 
 extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 #endif
 
 // Scratch of the calling thread, 64-byte aligned, kept for its next call; throws std::bad_alloc. `slot` names one of

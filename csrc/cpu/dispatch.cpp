@@ -9,6 +9,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "call.h"
 
 namespace softce {
@@ -50,6 +54,14 @@ struct Isa {
   const char* missing;  // null: usable here
 };
 
+#if defined(__x86_64__)
+// Asked of the CPU itself: not every compiler's __builtin_cpu_supports knows the name.
+bool has_bf16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+#endif
+
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
     std::vector<Isa> built;
@@ -58,6 +70,9 @@ const std::vector<Isa>& isas() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const char* no_bf16 = !kernels_avx512_bf16.run ? "the compiler that built softce did not know it" : nullptr;
+    if (!avx512 || !has_bf16()) no_bf16 = "this CPU lacks AVX-512 BF16";
+    built.push_back({"avx512_bf16", kernels_avx512_bf16, no_bf16});
     built.push_back({"avx512", kernels_avx512, avx512 ? nullptr : "this CPU lacks AVX-512 F, BW, VL or DQ"});
     built.push_back({"avx2", kernels_avx2, avx2 ? nullptr : "this CPU lacks AVX2 or FMA"});
 #endif

@@ -16,12 +16,16 @@ SOFTCE_INLINE U32V round_bf16(F32V v) {
 }
 
 SOFTCE_INLINE HalfV narrow_bf16(F32V v) {
+#if defined(__AVX512BF16__)
+  return (HalfV)_mm512_cvtneps_pbh((__m512)v);  // where others leave a subnormal number, this leaves 0
+#else
   const U32V high = round_bf16<true>(v) >> 16;
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i u = (__m256i)high;
   return (HalfV)_mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
 #else
   return __builtin_convertvector(high, HalfV);
+#endif
 #endif
 }
 
@@ -105,7 +109,16 @@ struct BF16Pairs {
   }
   template <bool kNan>
   static SOFTCE_INLINE U32V pack(const V* v) {
+#if defined(__AVX512BF16__)
+    // All even elements, then all odd ones, put in turns.
+    alignas(64) static constexpr uint16_t kTurns[kUnit] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i apart = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+    return (U32V)_mm512_permutexvar_epi16(_mm512_load_si512(kTurns), apart);
+#else
     return (round_bf16<kNan>(v[0]) >> 16) | (round_bf16<kNan>(v[1]) & 0xffff0000u);
+#endif
   }
   // What the kernels write here is nan only where its operands were bfloat16 nans or a quiet one of our own, and none
   // of those has bits that rounding could carry out of.

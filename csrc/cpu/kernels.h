@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The CPU kernels of one instruction set. A translation unit defines SOFTCE_ISA (its namespace) and
 // SOFTCE_KERNELS (what dispatch.cpp finds them by) and includes this file once; setup.py gives the flags:
-//   kernels_avx2.cpp      -mavx2 -mfma -mf16c
-//   kernels_avx512.cpp    -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
-//   kernels_baseline.cpp  none
-// The first two compile to nothing where the CPU is not an x86-64.
+//   kernels_avx2.cpp         -mavx2 -mfma -mf16c
+//   kernels_avx512.cpp       -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
+//   kernels_avx512_bf16.cpp  the same and -mavx512bf16, where the compiler knows it
+//   kernels_baseline.cpp     none
+// All but the last compile to nothing where the CPU is not an x86-64. One that defines SOFTCE_BUT_BFLOAT16 has
+// kernels for bfloat16 logits alone, and leaves all others to the kernels of that name.
 //
 // Nothing from the C++ library is used but declarations: what it inlines would have the same name in every unit.
 #if defined(__x86_64__)
@@ -24,6 +26,18 @@ namespace {
 #include "vec.h"
 //
 #include "io.h"
+
+#if defined(SOFTCE_BUT_BFLOAT16)
+constexpr bool kBFloat16Only = true;
+#else
+constexpr bool kBFloat16Only = false;
+#endif
+// Whether this unit has kernels for logits of X that accumulate in A.
+template <class X, class A>
+constexpr bool kRuns = sizeof(typename X::Acc) == sizeof(A) && !kBFloat16Only;
+template <>
+constexpr bool kRuns<BF16, float> = true;
+
 #include "math.h"
 #include "row.h"
 //
@@ -47,7 +61,7 @@ double run_as(const Call& call) {
     double loss = 0;
     with_io(call.problem->logits.dtype, [&](auto io) {
       using X = decltype(io);
-      if constexpr (sizeof(typename X::Acc) == sizeof(A)) loss = planes ? run_planes<X>(ctx) : run_short_rows<X>(ctx);
+      if constexpr (kRuns<X, A>) loss = planes ? run_planes<X>(ctx) : run_short_rows<X>(ctx);
     });
     return loss;
   }
@@ -56,7 +70,11 @@ double run_as(const Call& call) {
 }
 
 double run(const Call& call) {
+#if defined(SOFTCE_BUT_BFLOAT16)
+  return call.problem->logits.dtype == DType::bf16 ? run_as<float>(call) : SOFTCE_BUT_BFLOAT16.run(call);
+#else
   return call.problem->logits.dtype == DType::f64 ? run_as<double>(call) : run_as<float>(call);
+#endif
 }
 
 int64_t count(const int64_t* index, int64_t n, int64_t ignore_index, int64_t classes) {

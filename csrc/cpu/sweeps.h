@@ -312,6 +312,8 @@ inline Sweeps<A> sweeps_for(const Context<A>& ctx) {
   if (!takes_fast(ctx)) return {Generic<A>::sweep1, Generic<A>::sweep2};
   if constexpr (sizeof(A) == 8) {
     return fast_sweeps<F64, F64>(ctx);
+  } else if constexpr (kBFloat16Only) {
+    return fast_sweeps<BF16, BF16Pairs>(ctx);
   } else {
     switch (ctx.problem.logits.dtype) {
       case DType::bf16:
