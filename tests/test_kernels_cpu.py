@@ -28,9 +28,10 @@ from kernel_truth import (
     spec_for,
     stats_of,
     target_for,
+    usable,
 )
 
-from softce import ops
+from softce import _library, ops
 from softce.ops import KernelTarget, Spec
 
 __all__ = ["isa"]  # the fixture
@@ -86,6 +87,27 @@ def test_options(isa: str, dtype: torch.dtype, kind: str, shape: tuple[int, ...]
     check(x, target, spec_for(kind, classes, softcap=5.0, z_loss=0.01), extras=True)
     check(x, weighted, spec_for(kind, classes, softcap=5.0, temperature=0.7, scale=2.0, **smooth))
     check(x, target, spec_for(kind, classes, z_loss=0.02, **smooth), row_weight=row_weight)
+
+
+@pytest.mark.skipif("avx512_bf16" not in usable(), reason="this CPU or the library has no AVX-512 BF16")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(70, 10), (40, 100), (3, 3000), (2, 9, 50)], ids=str)
+def test_the_processor_rounds_as_the_kernels_do(kind: str, shape: tuple[int, ...]) -> None:
+    """The same bits with and without the bfloat16 instructions; of subnormal numbers they leave 0."""
+    x = logits_for(shape, torch.bfloat16)
+    target, spec = target_for(kind, x), spec_for(kind, shape[1])
+    found = []
+    before = _library.isa_chosen()
+    for isa in ("avx512", "avx512_bf16"):
+        _library.isa_choose(isa)
+        assert _library.isa_chosen() == isa
+        for weight in (1.0, 1e-39):
+            row_weight = torch.full((len(rows_of(x)),), weight)
+            found.append(fused_of(x, target, spec, row_weight, mean=False)[1])
+    _library.isa_choose(before)
+    software, small, hardware, none = found
+    assert torch.equal(software.view(torch.int16), hardware.view(torch.int16)) and hardware.count_nonzero() > 0
+    assert small.count_nonzero() > 0 and none.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("shape", [(70, 10), (7, 2500), (2, 9, 50)], ids=str)
