@@ -14,8 +14,8 @@ from .timer import ratio
 Document = dict[str, Any]
 MISSING = "-"
 SPIN_NOTE = (
-    f"`{SPIN}` is a fixed loop of arithmetic in the first-level cache. Where its median lies above its least time, "
-    "something else had a part of the core."
+    f"`{SPIN}` is a fixed loop of arithmetic in the first-level cache. Where its time lies clearly above the least of "
+    "all cases of the run, something else had a part of the core."
 )
 TITLES = {
     "logits": "Logits: end to end, one thread, default environment",
@@ -252,6 +252,7 @@ def markdown(document: Document, plots: Sequence[str] = ()) -> str:
         parts += ["## Fused linear", linear_block(of("linear"), of("linear-memory"))]
     parts += [f"![{name}]({name})" for name in plots]
     if timed:
-        parts += ["## Time of a call", SPIN_NOTE, absolute_block(timed)]
+        note = [SPIN_NOTE] if any(SPIN in record["results"] for record in timed) else []
+        parts += ["## Time of a call", *note, absolute_block(timed)]
     parts += ["## What did not run", failures_block(document["records"])]
     return "\n\n".join(parts) + "\n"

@@ -114,7 +114,7 @@ bool launch_row_grad(const Problem&, const void* lse, const void* coef, int coef
 bool launch_row_fused(const Problem&, const void* row_weight, Reduction, bool extras, void* loss, void* stats,
                       const Block& out, ParallelFor, BadIndex* bad);
 
-// Instruction sets: "avx512_bf16", "avx512", "avx2", "neon"/"baseline". isa_names() lists those built, best first.
+// Instruction sets: "avx512_bf16", "avx512", "avx2", "neon"/"baseline". isa_report() lists those built, best first.
 const char* isa_chosen();
 bool isa_choose(const char* name);  // false if it was not built or this CPU lacks it
 const char* isa_report();           // one "name: usable" or "name: why not" line each, '\n' between

@@ -98,13 +98,15 @@ def test_the_processor_rounds_as_the_kernels_do(kind: str, shape: tuple[int, ...
     target, spec = target_for(kind, x), spec_for(kind, shape[1])
     found = []
     before = _library.isa_chosen()
-    for name in ("avx512", "avx512_bf16"):
-        _library.isa_choose(name)
-        assert _library.isa_chosen() == name
-        for weight in (1.0, 1e-39):
-            row_weight = torch.full((len(rows_of(x)),), weight)
-            found.append(fused_of(x, target, spec, row_weight, mean=False)[1])
-    _library.isa_choose(before)
+    try:
+        for name in ("avx512", "avx512_bf16"):
+            _library.isa_choose(name)
+            assert _library.isa_chosen() == name
+            for weight in (1.0, 1e-39):
+                row_weight = torch.full((len(rows_of(x)),), weight)
+                found.append(fused_of(x, target, spec, row_weight, mean=False)[1])
+    finally:
+        _library.isa_choose(before)
     software, small, hardware, none = found
     assert torch.equal(software.view(torch.int16), hardware.view(torch.int16)) and hardware.count_nonzero() > 0
     assert small.count_nonzero() > 0 and none.count_nonzero() == 0

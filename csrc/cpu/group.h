@@ -70,10 +70,11 @@ struct Group {
   alignas(64) A e[kGroup], y[kGroup], q[kGroup], qy[kGroup], shift[kGroup];
   // Class indices: weight of the class, 0 of an ignored row; its logit, its e.
   alignas(64) A entry[kGroup], entry_x[kGroup], entry_e[kGroup];
-  alignas(64) int64_t place[kGroup];                                                   // of that e
-  alignas(64) A a[kGroup + kLanes<A>], pull[kGroup + kLanes<A>], left[kGroup];         // two are read from any row on
-  alignas(64) A loss[kGroup], lse[kGroup], mass[kGroup], count[kGroup], live[kGroup];  // live: 1 or 0
-  alignas(64) A part[kGroup];                                                          // of the loss of the call
+  alignas(64) int64_t place[kGroup];                                            // of that e
+  alignas(64) A a[kGroup + kLanes<A>], pull[kGroup + kLanes<A>], left[kGroup];  // two are read from any row on
+  alignas(64) A loss[kGroup], lse[kGroup], mass[kGroup], count[kGroup];         // set where statistics are wanted
+  alignas(64) A live[kGroup];                                                   // 1 or 0
+  alignas(64) A part[kGroup];                                                   // of the loss of the call
 };
 
 // Where narrow rows stand, one behind the other: vector k begins in row `row[k]`, and its lane i is of the row
@@ -134,8 +135,7 @@ SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, const A* e, X
     }
     return;
   }
-  // Loops apart: those that need no more than a row's own numbers are vectors, and of the other two only one has a
-  // choice to make.
+  // Loops apart: those that need no more than a row's own numbers are vectors.
   const int64_t *index = ctx.target.index + g.first, ignore_index = ctx.target.ignore_index;
   const auto class_of = [&](int64_t i) { return index[i] == ignore_index ? 0 : index[i]; };  // no branch to guess
   for (int64_t i = 0; i < g.n; ++i) g.place[i] = place_of(i, class_of(i));
