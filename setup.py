@@ -176,9 +176,8 @@ def build_cpu(output: Path) -> dict[str, object]:
     sanitize = os.environ.get("SOFTCE_SANITIZE") == "1"
     flags = [*COMMON, *(SANITIZE if sanitize else OPTIMIZE), *shlex.split(os.environ.get("CXXFLAGS", ""))]
     operators = ["csrc/ops.cpp", "csrc/binary_ops.cpp", "csrc/transpose.cpp"]
-    unknown = [AVX512_BF16] if X86 and not accepts(cxx, AVX512_BF16) else []
-    own = {source: [flag for flag in more if flag not in unknown] for source, more in ISA_FLAGS.items()}
-    own = {**own, **{source: torch_flags(torch, flags) for source in operators}}
+    own = {source: [f for f in more if f != AVX512_BF16 or accepts(cxx, f)] for source, more in ISA_FLAGS.items()}
+    own.update({source: torch_flags(torch, flags) for source in operators})
     baseline = ["csrc/cpu/kernels_baseline.cpp", "csrc/cpu/binary_baseline.cpp"]
     sources = [*operators, "csrc/look.cpp", "csrc/pool.cpp", "csrc/cpu/dispatch.cpp", *baseline]
     sources = [*(ISA_FLAGS if X86 else []), *sources]  # the slowest to compile first

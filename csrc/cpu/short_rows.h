@@ -36,7 +36,7 @@ struct ShortRows {
   using Write = ShortWriter<X, D, kKind, kWeighted>;
 
   // The sums of `length` values for whole vectors of rows, each row kWhole vectors and a part of another long, in the
-  // order of `sums`; how many rows those are.
+  // order of `sums`, which asks at each row whether it is the last; how many rows those are.
   template <int kWhole>
   static int64_t sums_of(const A* values, int64_t n, int64_t length, U tail, A* to) {
     V s[kLane];
