@@ -11,7 +11,7 @@
 
 namespace softce::pool {
 
-constexpr size_t kSmallest = size_t{4} << 20;  // outputs below this come from torch's allocator
+constexpr size_t kSmallest = size_t{1} << 20;  // outputs below this come from torch's allocator
 
 struct PooledBlock;
 

@@ -167,7 +167,7 @@ def empty_cache() -> int:
 def set_pool_limits(max_idle_bytes: float | None = None, idle_seconds: float | None = None) -> None:
     """Bounds the idle memory of the pool that large CPU gradients and buffers come from.
 
-    Outputs of 4 MiB and more are taken from 2 MiB-aligned memory with huge pages; when such a tensor dies, its memory
+    Outputs of 1 MiB and more are taken from 2 MiB-aligned memory with huge pages; when such a tensor dies, its memory
     waits for the next output of about its size. What waits beyond ``max_idle_bytes`` (the least recently used first)
     or longer than ``idle_seconds`` goes back to the system. An idle block serves outputs between half and all of its
     size, and is grown for one up to twice its size.

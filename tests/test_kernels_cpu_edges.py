@@ -87,6 +87,20 @@ def test_infinite_and_huge_logits(isa: str, layout: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_targets_of_hardly_any_probability(isa: str, layout: str, dtype: torch.dtype) -> None:
+    """Losses around and beyond what exp can tell: there the logit itself has to."""
+    depths = torch.tensor([1.0, 20, 80, 86, 87.3, 87.4, 88, 95, 103.5, 110, 200, 700, 708.5, 745, 760, 1e4])
+    x, rows = edge_logits(layout, len(depths), dtype)
+    rows[:, 0] = -depths.to(dtype)
+    index = torch.zeros(len(depths), 1, dtype=torch.int64)
+    weight = torch.rand(LAYOUTS[layout], dtype=ops.acc_dtype(dtype)) + 0.5
+    for spec in (Spec(), Spec(mix_a=0.9, mix_b=0.1 / LAYOUTS[layout])):
+        check(x, KernelTarget(index=index), spec)
+        check(x, KernelTarget(index=index, weight=weight), spec)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_weight_on_a_masked_class(isa: str, layout: str, dtype: torch.dtype) -> None:
     """0 * (-inf) is 0: probabilities, class weights, teachers."""
     x, rows = edge_logits(layout, 4, dtype)

@@ -12,14 +12,20 @@ struct Log {
   V high, low;
 
   V value() const { return high + low; }
-  // What is left of it after y is taken off, rounded once.
-  V minus(V y) const {
-    const V rough = high - y, taken = rough - high, rest = (high - (rough - taken)) - (y + taken);
-    return rough + (low + (rest == rest ? rest : V{}));
-  }
 };
 
-// log((1 + f) / (1 - f)) - 2 f, by its series 2 (f^3/3 + f^5/5 + ..), for |f| up to that of the square root of 2.
+template <class A>
+constexpr int kMantissaBits = sizeof(A) == 8 ? 52 : 23;
+
+// Integers that fit a mantissa: put under the exponent of kInteger, one is itself plus kInteger.
+template <class A>
+constexpr A kInteger = sizeof(A) == 8 ? A(0x1p52) : A(0x1p23);
+template <class A, class U>
+SOFTCE_INLINE typename VecOf<A>::V to_float(U k) {
+  return bits<typename VecOf<A>::V>(k | bits<U>(splat(kInteger<A>))) - kInteger<A>;
+}
+
+// log((1 + f) / (1 - f)) - 2 f, by its series 2 (f^3/3 + f^5/5 + ..), for |f| <= 0.2.
 template <class A, class V = typename VecOf<A>::V>
 SOFTCE_INLINE V log_series(V f) {
   constexpr int kLast = sizeof(A) == 8 ? 21 : 9;
@@ -29,34 +35,42 @@ SOFTCE_INLINE V log_series(V f) {
   return f * z * p;
 }
 
-// log of finite numbers > 0 that are not subnormal; nan for every other: x = 2^k m, m around 1, f = (m - 1) / (m + 1).
+// Finite numbers > 0 that are not subnormal.
+template <class A>
+constexpr A kLeastNormal = sizeof(A) == 8 ? A(0x1p-1022) : A(0x1p-126);
+template <class A, class V>
+SOFTCE_INLINE auto normal(V x) {
+  return (x < A(__builtin_inf())) & (x >= kLeastNormal<A>);
+}
+
+// The log of normal numbers; nan for every other: x = 2^k m, m around 1, f = (m - 1) / (m + 1).
 template <class A, class V = typename VecOf<A>::V>
 SOFTCE_INLINE Log<V> log_or_nan(V x) {
   using U = typename VecOf<A>::U;
   using E = Exp<A, 5>;
-  constexpr int kMantissa = sizeof(A) == 8 ? 52 : 23;
+  constexpr int kMantissa = kMantissaBits<A>;
   const U b = bits<U>(x), one = bits<U>(splat(A(1))), digits = ((U{} + 1) << kMantissa) - 1;
   V m = bits<V>((b & digits) | one);
   const auto high = m > A(kSqrt2);
   m = high ? m * A(0.5) : m;
-  // An integer that fits a mantissa, put under the exponent of kInteger, is that integer plus kInteger.
-  constexpr A kInteger = sizeof(A) == 8 ? A(0x1p52) : A(0x1p23);
-  V k = bits<V>((b >> kMantissa) | bits<U>(splat(kInteger))) - (kInteger + A(E::kBias));
+  V k = to_float<A>(b >> kMantissa) - A(E::kBias);
   k = high ? k + A(1) : k;
   const V f = (m - A(1)) / (m + A(1));
-  constexpr A kLeast = sizeof(A) == 8 ? A(0x1p-1022) : A(0x1p-126);
-  const auto good = (x >= kLeast) & (x < A(__builtin_inf()));
   const V value = fma(k, splat(E::kLow), fma(f, splat(A(2)), log_series<A>(f)));
-  return {k * E::kHigh, good ? value : splat(A(__builtin_nan("")))};
+  return {k * E::kHigh, normal<A>(x) ? value : splat(A(__builtin_nan("")))};
 }
 
-// log(a / b) for 1 <= a / b <= 4, without the rounding of that quotient: 0 where a = b.
+// log(a / b) for a >= b that are not subnormal, without the rounding of that quotient: 0 where a = b.
 template <class A, class V = typename VecOf<A>::V>
 SOFTCE_INLINE V log_quotient(V a, V b) {
-  const V half = b * A(kSqrt2), k = a > half ? (a > half * A(2) ? splat(A(2)) : splat(A(1))) : V{};
-  b = a > half ? (a > half * A(2) ? b * A(4) : b * A(2)) : b;
-  const V f = (a - b) / (a + b);
-  return fma(k, splat(A(kLn2)), fma(f, splat(A(2)), log_series<A>(f)));
+  using U = typename VecOf<A>::U;
+  using E = Exp<A, 5>;
+  constexpr int kMantissa = kMantissaBits<A>;
+  // The bits of a float, taken as an integer, grow about as its logarithm does: they tell the power of two that brings
+  // b to within a half of a, on either side.
+  const U half = (U{} + 1) << (kMantissa - 1), power = (bits<U>(a) - bits<U>(b) + half) >> kMantissa;
+  const V near = bits<V>(bits<U>(b) + (power << kMantissa)), f = (a - near) / (a + near), k = to_float<A>(power);
+  return fma(k, splat(E::kLow), fma(f, splat(A(2)), log_series<A>(f))) + k * E::kHigh;
 }
 
 // Rows [first, first + n): sums in, factors out. A row's gradient is live ? e * a - pull * q : 0, where q is w * (mix_a
@@ -68,30 +82,28 @@ struct Group {
   bool dead = false;  // whether some row may not be live
   // Sums under Ref{shift, 0}: of e; with a sparse target over a base of w * y; with a dense one of q and of q * y.
   alignas(64) A e[kGroup], y[kGroup], q[kGroup], qy[kGroup], shift[kGroup];
-  // Class indices: weight of the class, 0 of an ignored row; its logit, its e.
-  alignas(64) A entry[kGroup], entry_x[kGroup], entry_e[kGroup];
+  // Class indices: weight of the class, 0 of an ignored row; its e.
+  alignas(64) A entry[kGroup], entry_e[kGroup];
   alignas(64) int64_t place[kGroup];                                            // of that e
-  alignas(64) A a[kGroup + kLanes<A>], pull[kGroup + kLanes<A>], left[kGroup];  // two are read from any row on
+  alignas(64) A a[kGroup + kLanes<A>], pull[kGroup + kLanes<A>], left[kGroup];  // vectors are read from any row on
   alignas(64) A loss[kGroup], lse[kGroup], mass[kGroup], count[kGroup];         // set where statistics are wanted
   alignas(64) A live[kGroup];                                                   // 1 or 0
   alignas(64) A part[kGroup];                                                   // of the loss of the call
 };
 
-// Where narrow rows stand, one behind the other: vector k begins in row `row[k]`, and its lane i is of the row
-// `lane[k][i]` behind that. After so many vectors and rows a vector begins where a row does, as the first one.
+// Where narrow rows stand, one behind the other: lane i of vector k is of row `row[k][i]`. After so many vectors and
+// rows a vector begins where a row does, as the first one; the rows are no more than a vector has lanes.
 template <class A>
 struct Lap {
-  int64_t vectors, rows, row[kNarrow];
-  alignas(64) typename VecOf<A>::U lane[kNarrow];
+  int64_t vectors, rows;
+  alignas(64) typename VecOf<A>::U row[kNarrow];
 
   explicit Lap(int64_t classes) {
     int64_t common = classes & -classes;  // their greatest common divisor
     if (common > kLanes<A>) common = kLanes<A>;
     vectors = classes / common, rows = kLanes<A> / common;
-    for (int64_t k = 0; classes < kNarrow && k < vectors; ++k) {  // of other rows nobody asks
-      row[k] = k * kLanes<A> / classes;
-      for (int i = 0; i < kLanes<A>; ++i) lane[k][i] = (k * kLanes<A> + i) / classes - row[k];
-    }
+    for (int64_t k = 0; classes < kNarrow && k < vectors; ++k)  // of other rows nobody asks
+      for (int i = 0; i < kLanes<A>; ++i) row[k][i] = (k * kLanes<A> + i) / classes;
   }
 };
 
@@ -123,10 +135,9 @@ inline bool simple(const Context<A>& ctx) {
          (!ctx.sparse || (ctx.target.entries == 1 && !ctx.target.value));
 }
 
-// Marks ignored rows, and takes in the classes of the others: x_of(row in group, class) is the logit, place_of where in
-// e it is.
-template <class A, class X, class Place>
-SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, const A* e, X x_of, Place place_of) {
+// Marks ignored rows, and takes in the classes of the others: place_of(row in group, class) is where their e is.
+template <class A, class Place>
+SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, const A* e, Place place_of) {
   const A* const weight = ctx.weight;
   if (!ctx.sparse || ctx.target.entries != 1) {
     for (int64_t i = 0; i < g.n; ++i) {
@@ -139,10 +150,7 @@ SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, const A* e, X
   const int64_t *index = ctx.target.index + g.first, ignore_index = ctx.target.ignore_index;
   const auto class_of = [&](int64_t i) { return index[i] == ignore_index ? 0 : index[i]; };  // no branch to guess
   for (int64_t i = 0; i < g.n; ++i) g.place[i] = place_of(i, class_of(i));
-  for (int64_t i = 0; i < g.n; ++i) {
-    g.entry_e[i] = e[g.place[i]];
-    g.entry_x[i] = x_of(i, class_of(i));
-  }
+  for (int64_t i = 0; i < g.n; ++i) g.entry_e[i] = e[g.place[i]];
   for (int64_t i = 0; i < g.n; ++i) g.live[i] = index[i] == ignore_index ? A(0) : A(1);
   for (int64_t i = 0; i < g.n; ++i) g.entry[i] = !weight ? g.live[i] : g.live[i] != 0 ? weight[index[i]] : A(0);
   if (ctx.call.stats) __builtin_memcpy(g.count, g.entry, size_t(g.n) * sizeof(A));
@@ -170,14 +178,17 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, co
     return load<V>(buffer);
   };
   for (int64_t i = g.n; i % kStep != 0; ++i) {  // lanes behind the last row: harmless numbers
-    g.e[i] = 1;
-    g.y[i] = g.q[i] = g.qy[i] = g.shift[i] = g.entry[i] = g.entry_x[i] = g.entry_e[i] = g.count[i] = g.live[i] = 0;
+    g.e[i] = g.entry_e[i] = 1;
+    g.y[i] = g.q[i] = g.qy[i] = g.shift[i] = g.entry[i] = g.count[i] = g.live[i] = 0;
   }
   const V all_mass = splat(mix_b * A(w_sum) + mix_a), all_inverse = A(1) / all_mass;  // of unweighted entries
+  // The loss of an entry alone is told from e.
+  const bool by_entry = ctx.sparse && mix_b == 0 && !call.stats && call.op != Op::grad;
   U odd{}, dead{};
   for (int64_t i = 0; i < g.n; i += kStep) {
     const V e = load<V>(g.e + i), shift = load<V>(g.shift + i);
-    const Log<V> log_e = log_or_nan<A>(e);
+    const auto sound = normal<A>(e);
+    const Log<V> log_e = by_entry ? Log<V>{} : log_or_nan<A>(e);
     const V lse = shift + log_e.value();
     V alive = load<V>(g.live + i), pull, a, entry{}, own{}, in_e{};
     if (ctx.sparse) {
@@ -201,18 +212,17 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, co
         mass = load<V>(g.q + i);
         dot = load<V>(g.qy + i);
       }
-      V loss = fma(mass, log_e.high, -dot) + mass * log_e.low;
+      V loss = by_entry ? (sound ? zero : nan) : fma(mass, log_e.high, -dot) + mass * log_e.low;
       if (ctx.sparse) {
-        // -log p of the entry: where p is a good part, from e alone, so that a certain prediction has no loss.
-        const V far = log_e.minus(fma(load<V>(g.entry_x + i), splat(scale), -shift));
-        const V near = log_quotient<A>(e, own);
-        const V product = entry * (own > A(kGoodPart) * e ? near : far);
+        // -log p of the entry from e alone, so that a certain prediction has no loss. Where the entry has no e left to
+        // tell it from, the loss is nan for now.
+        const V product = entry * (own >= kLeastNormal<A> ? log_quotient<A>(e, own) : nan);
         loss += entry == 0 ? zero : product;
         mass += entry;
       }
       for (int j = 0; any_nan(loss) && j < kStep; ++j) {
-        if (loss[j] == loss[j] || lse[j] != lse[j] || alive[j] == 0) continue;
-        loss[j] = A(mass[j] * (double(log_e.high[j]) + log_e.low[j]) -
+        if (loss[j] == loss[j] || sound[j] == 0 || alive[j] == 0) continue;
+        loss[j] = A(mass[j] * __builtin_log(double(e[j])) -
                     dot_by_class(ctx, g.first + i + j, shift[j], spec.mix_a, spec.mix_b, true));
       }
       V part = loss;
@@ -228,7 +238,7 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, co
         store(g.lse + i, alive == 0 ? zero : lse);
         store(g.mass + i, alive == 0 ? zero : mass);
       }
-      a = lse == lse ? pull * mass / e : nan;
+      a = sound ? pull * mass / e : nan;
       alive = pull == 0 ? zero : alive;
       if (ctx.sparse) in_e = ctx.weight ? entry * e / mass : entry * e * all_inverse;
     }

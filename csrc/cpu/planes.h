@@ -15,7 +15,9 @@ struct Planes {
   const Context<A>& ctx;
   double w_sum = 0;
   static constexpr int64_t kFold = 64;
-  static constexpr int64_t kBoth = 1 << 15;  // elements of a tile beyond which the caches do not hold two
+  static constexpr int64_t kElements = 1 << 18;  // elements of a tile, at most
+  static constexpr int64_t kTiles = 16;          // at least, where rows suffice
+  static constexpr int64_t kBoth = 1 << 15;      // elements of a tile beyond which the caches do not hold two
 
   struct Tile {
     Group<A> group;
@@ -194,9 +196,8 @@ struct Planes {
       shift(tile);
       first<true, false>(tile, nullptr);
     }
-    const int64_t stride = ctx.problem.logits.class_stride;
     const auto place_of = [&](int64_t i, int64_t c) { return c * tile.pitch + i; };
-    index_group(ctx, g, tile.e, [&](int64_t i, int64_t c) { return X::to(tile.x[c * stride + i]); }, place_of);
+    index_group(ctx, g, tile.e, place_of);
     const auto scale_row = [&](int64_t i, A factor) {
       for (int64_t c = 0; c < ctx.classes; ++c) tile.e[c * tile.pitch + i] *= factor;
     };
@@ -208,9 +209,10 @@ struct Planes {
   double run() {
     const int64_t inner = ctx.problem.inner, classes = ctx.classes;
     for (int64_t c = 0; c < classes; ++c) w_sum += ctx.weight_of(c);
-    // A tile stays in the second-level cache.
-    int64_t width = (int64_t{1} << 14) / classes / 64 * 64;
-    width = width < 64 ? 64 : width > kGroup ? kGroup : width;
+    // Long runs of rows, for every class has pages of its own; but no more e than a second-level cache holds, and tiles
+    // for many threads.
+    int64_t width = kElements / classes < ctx.rows / kTiles ? kElements / classes : ctx.rows / kTiles;
+    width = width < 64 ? 64 : width > kGroup ? kGroup : width / 64 * 64;
     if (width > inner) width = (inner + kLane - 1) / kLane * kLane;
     const int64_t tiles = (inner + width - 1) / width, all = tiles * ctx.problem.batch;
     const int64_t work = width * classes, per_task = work >= kTask ? 1 : kTask / work;

@@ -292,7 +292,7 @@ struct ShortRows {
     }
     before.finish();
     const auto place_of = [&](int64_t i, int64_t c) { return i * classes + c; };
-    index_group(ctx, g, tile.e, [&](int64_t i, int64_t) { return X::to(tile.x[g.place[i]]); }, place_of);
+    index_group(ctx, g, tile.e, place_of);
     const auto scale_row = [&](int64_t i, A factor) {
       for (int64_t c = 0; c < classes; ++c) tile.e[i * classes + c] *= factor;
     };

@@ -89,13 +89,14 @@ struct ShortWriter {
     }
   }
 
-  // The k-th vector of a lap that begins in row r.
+  // The vectors of a lap that begins in row r, as far as they begin before `limit`.
   template <bool kPast, bool kWhole>
-  SOFTCE_INLINE void in_lap(const Arrays& t, Elem* to, V mix_a, V mix_b, int64_t i, int64_t r, int64_t k) const {
-    const Group<A>& g = tile->group;
-    const int64_t from = r + lap->row[k];
-    const V pull = kBase || kDense ? pick(load<V>(g.pull + from), lap->lane[k]) : V{};
-    write<kPast, kWhole>(t, to, mix_a, mix_b, i, pick(load<V>(g.a + from), lap->lane[k]), pull);
+  static SOFTCE_INLINE void lap_up_to(const Arrays& t, Elem* to, const Lap<A>& lap, V mix_a, V mix_b, int64_t i,
+                                      int64_t limit, V a, V pull) {
+    for (int64_t k = 0; k < lap.vectors && (kWhole || i < limit); ++k, i += kLane) {
+      const V of_row = kBase || kDense ? pick(pull, lap.row[k]) : V{};
+      write<kPast, kWhole>(t, to, mix_a, mix_b, i, pick(a, lap.row[k]), of_row);
+    }
   }
 
   // Writes all vectors that begin before `limit`.
@@ -104,16 +105,19 @@ struct ShortWriter {
     // Copies of what a store might have changed, for all that the compiler knows.
     const Arrays t = *tile;
     const Group<A>& g = tile->group;
-    const int64_t classes = ctx->classes, lap_rows = lap->rows, lap_vectors = lap->vectors;
+    const int64_t classes = ctx->classes;
     const V mix_a = splat(A(ctx->spec.mix_a)), mix_b = splat(A(ctx->spec.mix_b));
     Elem* const to = out;
     if (limit > t.size) limit = t.size;
     int64_t i = at, r = row;
     if (classes < kNarrow) {
-      // Whole laps without a question; such tiles are written in one go.
-      for (const int64_t length = lap_vectors * kLane; i + length <= limit; i += length, r += lap_rows)
-        for (int64_t k = 0; k < lap_vectors; ++k) in_lap<kPast, true>(t, to, mix_a, mix_b, i + k * kLane, r, k);
-      for (int64_t k = 0; i < limit; ++k, i += kLane) in_lap<kPast, false>(t, to, mix_a, mix_b, i, r, k);
+      // Such tiles are written in one go, whole laps of them without a question.
+      const Lap<A>& of_rows = *lap;
+      const int64_t length = of_rows.vectors * kLane;
+      for (; i + length <= limit; i += length, r += of_rows.rows)
+        lap_up_to<kPast, true>(t, to, of_rows, mix_a, mix_b, i, limit, load<V>(g.a + r), load<V>(g.pull + r));
+      lap_up_to<kPast, false>(t, to, of_rows, mix_a, mix_b, i, limit, load<V>(g.a + r), load<V>(g.pull + r));
+      i = limit;
     } else {
       const V lanes = lane_numbers<A>();
       for (int64_t end = (r + 1) * classes; i < limit; end += classes) {
