@@ -140,10 +140,8 @@ template <class A, class Place>
 SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, const A* e, Place place_of) {
   const A* const weight = ctx.weight;
   if (!ctx.sparse || ctx.target.entries != 1) {
-    for (int64_t i = 0; i < g.n; ++i) {
-      g.live[i] = ctx.sparse && ctx.ignored(g.first + i) ? A(0) : A(1);
-      g.count[i] = 1;
-    }
+    for (int64_t i = 0; i < g.n; ++i) g.live[i] = g.count[i] = 1;
+    for (int64_t i = 0; ctx.sparse && i < g.n; ++i) g.live[i] = ctx.ignored(g.first + i) ? A(0) : A(1);
     return;
   }
   // Loops apart: those that need no more than a row's own numbers are vectors.
