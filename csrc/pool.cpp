@@ -213,7 +213,7 @@ class Pool {
   }
 
   // The idle block nearest in size within a factor of two: a larger one serves as it is, a smaller one is grown. So
-  // changing sizes do not pile up blocks, and no output holds more than twice what it needs.
+  // changing sizes do not pile up blocks, and no output holds more than twice what it needs in whole huge pages.
   PooledBlock* take(size_t size) {
     PooledBlock* best = nullptr;
     for (PooledBlock* block : idle_) {

@@ -169,8 +169,8 @@ def set_pool_limits(max_idle_bytes: float | None = None, idle_seconds: float | N
 
     Outputs of 1 MiB and more are taken from 2 MiB-aligned memory with huge pages; when such a tensor dies, its memory
     waits for the next output of about its size. What waits beyond ``max_idle_bytes`` (the least recently used first)
-    or longer than ``idle_seconds`` goes back to the system. An idle block serves outputs between half and all of its
-    size, and is grown for one up to twice its size.
+    or longer than ``idle_seconds`` goes back to the system. Sizes in whole huge pages, an idle block serves outputs
+    between half and all of its size, and is grown for one up to twice its size.
 
     Args:
         max_idle_bytes: 0 keeps nothing, ``math.inf`` everything; None leaves the bound as it is. At the start it is a

@@ -66,10 +66,18 @@ def test_rows_in_tiles(isa: str, dtype: torch.dtype, kind: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_planes(isa: str, dtype: torch.dtype, kind: str) -> None:
-    for shape in ((2, 5, 1), (2, 3, 7), (1, 21, 64), (2, 4, 700), (1, 300, 67), (1, 2100, 3)):
+    for shape in ((2, 5, 1), (2, 3, 7), (1, 21, 64), (2, 4, 700), (1, 300, 67), (1, 2100, 3), (1, 70, 1400)):
         x = logits_for(shape, dtype)
         check(x, target_for(kind, x), spec_for(kind, shape[1], mix_a=0.9, mix_b=0.1 / shape[1]))
         check(x, target_for(kind, x), spec_for(kind, shape[1]))
+
+
+@pytest.mark.parametrize("kind", ["indices", "probs"])
+def test_planes_in_tiles_apart(isa: str, kind: str) -> None:
+    """Tiles too large to go together with the next one: many of them, and a part of one."""
+    shape = (1, 150, 14100)
+    x = logits_for(shape, torch.float32)
+    check(x, target_for(kind, x), spec_for(kind, shape[1], mix_a=0.9, mix_b=0.1 / shape[1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -71,7 +71,10 @@ def test_infinite_and_huge_logits(isa: str, layout: str, dtype: torch.dtype) -> 
     assert torch.equal(stats[:, 5], torch.zeros(4, dtype=stats.dtype))
     torch.testing.assert_close(loss[6].double(), torch.tensor(math.log(LAYOUTS[layout])).double(), rtol=1e-5, atol=0)
     assert loss[7] == 0
-    _, g, _ = fused_of(x, target, Spec(), mean=False)
+    _, with_stats, _ = fused_of(x, target, Spec(), mean=False)
+    total, g, _ = fused_of(x, target, Spec(), mean=False, stats=False)
+    torch.testing.assert_close(g, with_stats, rtol=0, atol=0, equal_nan=True)
+    assert bool(total.isnan())
     g = rows_of(g)
     assert bool(g[[0, 1, 6, 7, 8]].isfinite().all()) and bool(g[2:5].isnan().all())
     assert bool((g[5] == 0).all()) and g[0, 3] == 0 and abs(float(g[1, 0]) + 1) < 1e-6

@@ -17,7 +17,7 @@ struct Log {
 template <class A>
 constexpr int kMantissaBits = sizeof(A) == 8 ? 52 : 23;
 
-// Integers that fit a mantissa: put under the exponent of kInteger, one is itself plus kInteger.
+// An integer that fits a mantissa, put under the exponent of kInteger, is that integer plus kInteger.
 template <class A>
 constexpr A kInteger = sizeof(A) == 8 ? A(0x1p52) : A(0x1p23);
 template <class A, class U>
@@ -48,28 +48,27 @@ template <class A, class V = typename VecOf<A>::V>
 SOFTCE_INLINE Log<V> log_or_nan(V x) {
   using U = typename VecOf<A>::U;
   using E = Exp<A, 5>;
-  constexpr int kMantissa = kMantissaBits<A>;
-  const U b = bits<U>(x), one = bits<U>(splat(A(1))), digits = ((U{} + 1) << kMantissa) - 1;
+  const U b = bits<U>(x), one = bits<U>(splat(A(1))), digits = ((U{} + 1) << kMantissaBits<A>)-1;
   V m = bits<V>((b & digits) | one);
   const auto high = m > A(kSqrt2);
   m = high ? m * A(0.5) : m;
-  V k = to_float<A>(b >> kMantissa) - A(E::kBias);
+  V k = to_float<A>(b >> kMantissaBits<A>) - A(E::kBias);
   k = high ? k + A(1) : k;
   const V f = (m - A(1)) / (m + A(1));
   const V value = fma(k, splat(E::kLow), fma(f, splat(A(2)), log_series<A>(f)));
   return {k * E::kHigh, normal<A>(x) ? value : splat(A(__builtin_nan("")))};
 }
 
-// log(a / b) for a >= b that are not subnormal, without the rounding of that quotient: 0 where a = b.
+// log(a / b) for normal a >= b, without the rounding of that quotient: 0 where a = b. No sum of numbers >= 0 is rounded
+// to less than one of them.
 template <class A, class V = typename VecOf<A>::V>
 SOFTCE_INLINE V log_quotient(V a, V b) {
   using U = typename VecOf<A>::U;
   using E = Exp<A, 5>;
-  constexpr int kMantissa = kMantissaBits<A>;
   // The bits of a float, taken as an integer, grow about as its logarithm does: they tell the power of two that brings
   // b to within a half of a, on either side.
-  const U half = (U{} + 1) << (kMantissa - 1), power = (bits<U>(a) - bits<U>(b) + half) >> kMantissa;
-  const V near = bits<V>(bits<U>(b) + (power << kMantissa)), f = (a - near) / (a + near), k = to_float<A>(power);
+  const U half = (U{} + 1) << (kMantissaBits<A> - 1), power = (bits<U>(a) - bits<U>(b) + half) >> kMantissaBits<A>;
+  const V near = bits<V>(bits<U>(b) + (power << kMantissaBits<A>)), f = (a - near) / (a + near), k = to_float<A>(power);
   return fma(k, splat(E::kLow), fma(f, splat(A(2)), log_series<A>(f))) + k * E::kHigh;
 }
 
@@ -154,6 +153,18 @@ SOFTCE_INLINE void index_group(const Context<A>& ctx, Group<A>& g, const A* e, P
   if (ctx.call.stats) __builtin_memcpy(g.count, g.entry, size_t(g.n) * sizeof(A));
 }
 
+// The loss of a row that vectors leave nan though its sum of e is sound: its entry has no e left to be told from, or
+// its classes have infinities of both signs. base: what all classes together have of it.
+template <class A>
+__attribute__((noinline, cold)) A rare_loss(const Context<A>& ctx, int64_t r, A e, A shift, A base, A entry, A mass) {
+  const double log_e = __builtin_log(double(e));
+  if (ctx.sparse) {
+    const double y = ctx.y_of(ctx.logit(ctx.x_row(r), ctx.target.index[r])) - shift, loss = base + entry * (log_e - y);
+    if (loss == loss) return A(loss);
+  }
+  return A(mass * log_e - dot_by_class(ctx, r, shift, ctx.spec.mix_a, ctx.spec.mix_b, true));
+}
+
 // Settles a simple group; returns its part of the loss. w_sum: the sum of the class weights, C where absent.
 // scale_row(i, factor) multiplies the e of a row, for rows whose entry cannot be told in units of e.
 template <class A, class ScaleRow>
@@ -180,13 +191,13 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, co
     g.y[i] = g.q[i] = g.qy[i] = g.shift[i] = g.entry[i] = g.count[i] = g.live[i] = 0;
   }
   const V all_mass = splat(mix_b * A(w_sum) + mix_a), all_inverse = A(1) / all_mass;  // of unweighted entries
-  // The loss of an entry alone is told from e.
-  const bool by_entry = ctx.sparse && mix_b == 0 && !call.stats && call.op != Op::grad;
+  // The loss of an entry alone is told from e; what else asks for the log of the sums is absent.
+  const bool no_log = ctx.sparse && mix_b == 0 && !call.stats && call.op != Op::grad;
   U odd{}, dead{};
   for (int64_t i = 0; i < g.n; i += kStep) {
     const V e = load<V>(g.e + i), shift = load<V>(g.shift + i);
     const auto sound = normal<A>(e);
-    const Log<V> log_e = by_entry ? Log<V>{} : log_or_nan<A>(e);
+    const Log<V> log_e = no_log ? Log<V>{} : log_or_nan<A>(e);
     const V lse = shift + log_e.value();
     V alive = load<V>(g.live + i), pull, a, entry{}, own{}, in_e{};
     if (ctx.sparse) {
@@ -204,24 +215,23 @@ inline double settle_simple(const Context<A>& ctx, Group<A>& g, double w_sum, co
     } else {
       V mass, dot;  // what all classes together have of q and of q * y
       if (ctx.sparse) {
-        mass = splat(mix_b * A(w_sum));
+        mass = mix_b == 0 ? zero : splat(mix_b * A(w_sum));
         dot = mix_b == 0 ? zero : mix_b * load<V>(g.y + i);
       } else {
         mass = load<V>(g.q + i);
         dot = load<V>(g.qy + i);
       }
-      V loss = by_entry ? (sound ? zero : nan) : fma(mass, log_e.high, -dot) + mass * log_e.low;
+      const V base = no_log ? (sound ? zero : nan) : fma(mass, log_e.high, -dot) + mass * log_e.low;
+      V loss = base;
       if (ctx.sparse) {
-        // -log p of the entry from e alone, so that a certain prediction has no loss. Where the entry has no e left to
-        // tell it from, the loss is nan for now.
+        // -log p of the entry from e alone, so that a certain prediction has no loss.
         const V product = entry * (own >= kLeastNormal<A> ? log_quotient<A>(e, own) : nan);
         loss += entry == 0 ? zero : product;
         mass += entry;
       }
       for (int j = 0; any_nan(loss) && j < kStep; ++j) {
         if (loss[j] == loss[j] || sound[j] == 0 || alive[j] == 0) continue;
-        loss[j] = A(mass[j] * __builtin_log(double(e[j])) -
-                    dot_by_class(ctx, g.first + i + j, shift[j], spec.mix_a, spec.mix_b, true));
+        loss[j] = rare_loss(ctx, g.first + i + j, e[j], shift[j], base[j], entry[j], mass[j]);
       }
       V part = loss;
       pull = splat(A(call.factor));

@@ -15,9 +15,9 @@ struct Planes {
   const Context<A>& ctx;
   double w_sum = 0;
   static constexpr int64_t kFold = 64;
-  static constexpr int64_t kElements = 1 << 18;  // elements of a tile, at most
-  static constexpr int64_t kTiles = 16;          // at least, where rows suffice
-  static constexpr int64_t kBoth = 1 << 15;      // elements of a tile beyond which the caches do not hold two
+  static constexpr int64_t kBytes = 1 << 20;  // of a tile's e, at most
+  static constexpr int64_t kTiles = 64;       // at least, where tasks of them would be large enough
+  static constexpr int64_t kBoth = 1 << 15;   // elements of a tile beyond which the caches do not hold two
 
   struct Tile {
     Group<A> group;
@@ -209,9 +209,11 @@ struct Planes {
   double run() {
     const int64_t inner = ctx.problem.inner, classes = ctx.classes;
     for (int64_t c = 0; c < classes; ++c) w_sum += ctx.weight_of(c);
-    // Long runs of rows, for every class has pages of its own; but no more e than a second-level cache holds, and tiles
+    // Long runs of rows, for every class has pages of its own; but no more e than about a second-level cache, and tiles
     // for many threads.
-    int64_t width = kElements / classes < ctx.rows / kTiles ? kElements / classes : ctx.rows / kTiles;
+    const int64_t most = kBytes / int64_t(sizeof(A)) / classes;
+    int64_t width = ctx.rows / kTiles > kTask / classes ? ctx.rows / kTiles : kTask / classes;
+    width = width > most ? most : width;
     width = width < 64 ? 64 : width > kGroup ? kGroup : width / 64 * 64;
     if (width > inner) width = (inner + kLane - 1) / kLane * kLane;
     const int64_t tiles = (inner + width - 1) / width, all = tiles * ctx.problem.batch;

@@ -227,7 +227,7 @@ inline bool zero_coefficients(const Context<A>& ctx, int64_t r) {
 
 // Where an entry is a good part of its row's sum e, its y is told as the log of that part: the rounding of exp then
 // cancels, and a certain prediction has a loss of 0 rather than one of either sign.
-constexpr double kGoodPart = 0.25;
+constexpr double kLogGoodPart = -1.3862943611198906;  // a quarter
 
 template <class A>
 __attribute__((noinline)) double y_by_part(const Context<A>& ctx, double x, const Ref& ref) {
@@ -245,7 +245,7 @@ __attribute__((noinline)) double y_by_part(const Context<A>& ctx, double x, cons
 template <class A>
 SOFTCE_INLINE double entry_y(const Context<A>& ctx, double x, const Ref& ref, double log_e) {
   const double y = ctx.y_of(x) - ref.shift;
-  const bool good_part = y > log_e + -1.3862943611198906 && ctx.spec.softcap == 0;  // log(kGoodPart)
+  const bool good_part = y > log_e + kLogGoodPart && ctx.spec.softcap == 0;
   return good_part ? y_by_part(ctx, x, ref) : y;
 }
 

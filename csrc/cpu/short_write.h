@@ -89,7 +89,7 @@ struct ShortWriter {
     }
   }
 
-  // The vectors of a lap that begins in row r, as far as they begin before `limit`.
+  // The vectors of a lap that begins at `i`, as far as they begin before `limit`; a, pull: the factors of its rows.
   template <bool kPast, bool kWhole>
   static SOFTCE_INLINE void lap_up_to(const Arrays& t, Elem* to, const Lap<A>& lap, V mix_a, V mix_b, int64_t i,
                                       int64_t limit, V a, V pull) {

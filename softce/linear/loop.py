@@ -51,17 +51,18 @@ class Loop:
         if self.tiled and work.spec.dense_kind == DENSE_LOGITS and not self.copies:
             self.copies = True  # tiles of teacher logits become probabilities in place
             self.chunk = self._choose(hidden, widened, tiles)
-        self.buffer = self._new_buffer()
-        self.dense = self._new_buffer() if self.copies else None
+        block = self.chunk.rows * self.chunk.classes
+        self.buffer = self._memory(block)
+        self.dense = self._memory(block) if self.copies else None
         tile = weight_tile(hidden, work.budget, widened, self.dtype)
         student = (t.input, t.linear_weight, t.linear_bias)
-        self.student = Map(*student, t.rows, needs[:3], tile, self.dtype, self._pieces(t.input))
+        self.student = Map(*student, t.rows, needs[:3], tile, self.dtype, self._pieces(t.input), self._memory)
         self.teacher: Map | None = None
         if t.teacher_input is not None:
             assert t.teacher_weight is not None
             teacher = (t.teacher_input, t.teacher_weight, t.teacher_bias)
             pieces = self._pieces(t.teacher_input)
-            self.teacher = Map(*teacher, t.target_rows, needs[8:11], tile, self.dtype, pieces)
+            self.teacher = Map(*teacher, t.target_rows, needs[8:11], tile, self.dtype, pieces, self._memory)
         # Of all rows; only where a teacher's logits come in tiles, whose softmax would be over the tile.
         teacher_tiles = self.tiled and work.spec.dense_kind == DENSE_LOGITS
         self.teacher_lse = t.input.new_empty((t.row_count,), dtype=self.acc) if teacher_tiles else None
@@ -73,9 +74,9 @@ class Loop:
         cost = costs(hidden, self.dtype, copies=self.copies, widened=widened, gathered=gathered)
         return choose(t.row_count, t.classes, cost, self.work.budget, t.input.device.type, tiles=tiles)
 
-    def _new_buffer(self) -> Tensor:
-        """Memory for a block. The pool's comes in pieces of 2 MiB, which a small budget has no room for."""
-        size, budget = self.chunk.rows * self.chunk.classes, self.work.budget
+    def _memory(self, size: int) -> Tensor:
+        """Room for so many values. The pool's comes in pieces of 2 MiB, which a small budget has no room for."""
+        budget = self.work.budget
         if budget is not None and budget < _POOLED:
             return self.tensors.input.new_empty((size,), dtype=self.dtype)
         return ops.new_empty(self.tensors.input, (size,), self.dtype)

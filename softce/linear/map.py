@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ class Map:
         tile: int,
         work: torch.dtype,
         pieces: products.Pieces,
+        memory: Callable[[int], Tensor],
     ) -> None:
+        # memory: gives room for so many values of the work dtype.
         self.input, self.weight, self.rows = input, weight, rows
         self.work = work  # of a teacher the student's: their logits go through buffers of one dtype
         self.bias = None if bias is None else bias.to(self.work).contiguous()
@@ -33,7 +35,7 @@ class Map:
         # Rows of the weight that are widened at a time; None: none need to be.
         self.tile = None if weight.dtype == self.work else tile
         size = min(tile, weight.shape[0]) * weight.shape[1]
-        self.widened = new_empty(input, (size,), self.work) if self.tile else None
+        self.widened = memory(size) if self.tile else None
         hidden = input.shape[1]
         grads = acc_dtype(work)
         self.dinput = new_empty(input, input.shape, grads).zero_() if needs[0] else None
