@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 MIN_SAMPLE_S = 0.002  # a sample repeats its call until it lasts this long
-PRIME_BELOW_S = 0.02  # calls shorter than this get an untimed call of their own before each sample
+PRIME_BELOW_S = 0.02  # calls shorter than this get an untimed sample of their own before each one
 SLOW_S = 45.0  # a first call longer than this is the only sample: nothing else in it weighs next to the work
 MAX_ROUNDS = 60
 
@@ -165,7 +165,7 @@ def interleave(
                 samples = results[entry.name]
                 try:
                     if estimates[entry.name] < PRIME_BELOW_S:
-                        _sample(entry, 1)
+                        _sample(entry, samples.calls)
                     per_call, faults = _sample(entry, samples.calls)
                 except Exception as error:
                     samples.error = describe(error)
