@@ -228,7 +228,7 @@ def _any_requires_grad(logits: Tensor, target: KernelTarget) -> bool:
     return logits.requires_grad or any(t is not None and t.requires_grad for t in target)
 
 
-_Packed = tuple[Call, Tensor | None, bool, bool, bool]
+_Packed = tuple[Call, Tensor | None, bool, bool, bool, torch.dtype | None]
 
 
 class _Fused(torch.autograd.Function):
@@ -236,7 +236,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, packed: _Packed) -> Tensor | tuple[Tensor, Tensor]:
-        call, row_weight, mean, extras, inplace = packed
+        call, row_weight, mean, extras, inplace, dtype = packed
         arguments = (logits, *call.target, row_weight, call.ignore_index, call.spec, mean, extras)
         ctx.set_materialize_grads(False)
         if inplace:
@@ -249,6 +249,8 @@ class _Fused(torch.autograd.Function):
             loss, ctx.dlogits, stats = ops.row_fused(*arguments, want_stats)
             _save(ctx, logits, call, row_weight, stats if want_stats else None)
         ctx.mean, ctx.extras, ctx.inplace = mean, extras, inplace
+        if dtype is not None and loss.dtype is not dtype:
+            loss = loss.to(dtype)
         return (loss, stats) if extras else loss
 
     @staticmethod
@@ -305,6 +307,8 @@ def _exact(factor: float, dtype: torch.dtype) -> bool:
 def _vjp_by_statistics(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) -> Tensor | None:
     """The gradient from the saved inputs: for ``create_graph``, for gradients of the statistics, to round once."""
     logits, call, (row_weight, saved) = _restore(ctx)
+    if g_loss is not None and g_loss.dtype.itemsize == 2:  # of a loss that forward has rounded
+        g_loss = g_loss.float()
     create_graph = torch.is_grad_enabled()
     by_formula = create_graph or transform_active()
     with torch.enable_grad():
@@ -331,14 +335,22 @@ _apply_fused = super(torch.autograd.Function, _Fused).apply
 
 
 def fused_loss(
-    logits: Tensor, call: Call, row_weight: Tensor | None, mean: bool, extras: bool, inplace: bool
+    logits: Tensor,
+    call: Call,
+    row_weight: Tensor | None,
+    mean: bool,
+    extras: bool,
+    inplace: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Reduced loss and, with ``extras``, statistics; the gradient of the logits is computed in the same pass.
+
+    The loss comes in ``dtype``, or as it was computed: a conversion behind it would be a node of its own.
 
     With ``inplace`` the logits hold their gradient afterwards. Their autograd history then ends in a node that raises
     when a gradient comes through it, so a later use cannot be wrong in silence.
     """
-    made = _apply_fused(logits, (call, row_weight, mean, extras, inplace))
+    made = _apply_fused(logits, (call, row_weight, mean, extras, inplace, dtype))
     if inplace:
         _forbid_reuse(logits)
     return made if extras else (made, None)

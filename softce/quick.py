@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The short way of the plainest training call: float32 logits ``(N, C)`` on the CPU, mean or sum.
+"""The short way of the plainest training call: float32 or bfloat16 logits ``(N, C)`` on the CPU, mean or sum.
 
 Class indices and probabilities, row losses that the kernels know, the gradient in place.
 
@@ -18,8 +18,10 @@ from .dispatch import cpu_kernels, is_plain
 from .ops import KernelTarget
 from .options import DEFAULT, Options
 from .row_losses import RowLoss
-from .settings import cached_spec
+from .settings import cached_spec, default_loss_dtype
 from .validate import check_logits, check_probabilities, find_nan, may_be_probabilities
+
+_DTYPES = (torch.float32, torch.bfloat16)  # those whose gradient may be ready before backward (compute.py)
 
 
 def quick_loss(
@@ -41,7 +43,7 @@ def quick_loss(
     if (
         not is_plain(input)
         or type(target) is not Tensor
-        or input.dtype is not torch.float32
+        or input.dtype not in _DTYPES
         or not (input.is_cpu and target.is_cpu)
         or not input.requires_grad
         or not torch.is_grad_enabled()
@@ -71,7 +73,8 @@ def quick_loss(
         return None
     call = Call(in_form, ignore_index, spec)
     try:
-        loss = fused_loss(input, call, None, reduction == "mean", False, options.inplace)[0]
+        dtype = default_loss_dtype(input.dtype, "cpu")
+        loss = fused_loss(input, call, None, reduction == "mean", False, options.inplace, dtype)[0]
     except RuntimeError as error:
         reraise(error)
         raise
@@ -87,5 +90,5 @@ def _kernel_target(input: Tensor, target: Tensor, ignore_index: int) -> KernelTa
         return None
     if target.dtype is torch.int64:
         return KernelTarget(target) if target.shape == (rows,) and target.stride(0) == 1 else None
-    plain = target.dtype is torch.float32 and target.shape == input.shape and target.stride(1) == 1
+    plain = target.dtype is input.dtype and target.shape == input.shape and target.stride(1) == 1
     return KernelTarget(dense=target) if plain and ignore_index < 0 and not target.requires_grad else None
