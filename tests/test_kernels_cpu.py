@@ -260,6 +260,32 @@ def test_rows_that_follow_one_another(
     assert_gradient(got[fine], like(want, x[fine]), "rows", push)
 
 
+def placed(tensor: torch.Tensor, in_page: int) -> torch.Tensor:
+    """A copy that begins `in_page` bytes behind the start of a page of 4096 bytes."""
+    room = torch.empty(tensor.numel() * tensor.itemsize + 2 * 4096, dtype=torch.uint8)
+    start = (in_page - room.data_ptr()) % 4096
+    copy = room[start : start + tensor.numel() * tensor.itemsize].view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [4096, 18432, 18433])
+def test_places_in_a_page_do_not_change_a_bit(isa: str, dtype: torch.dtype, kind: str, classes: int) -> None:
+    """How far the second sweep goes ahead of the first depends on where rows begin, what comes out does not."""
+    x = logits_for((6, classes), dtype)
+    target, spec = target_for(kind, x), spec_for(kind, classes, mix_a=0.9, mix_b=0.1 / classes)
+    loss, want, _ = fused_of(x, target, spec, mean=False)
+    check(x, target, spec)
+    for of_logits, of_target in ((0, 0), (64, 64), (1088, 64), (2048, 3072), (3008, 2048), (4032, 1024)):
+        moved = placed(x, of_logits)
+        aim = target if target.dense is None else target._replace(dense=placed(target.dense, of_target))
+        again, g, _ = fused_of(moved, aim, spec, mean=False)
+        assert torch.equal(again, loss) and torch.equal(g, want)
+        ops.row_fused_(moved, *aim, None, IGNORE, list(spec), False, False)
+        assert torch.equal(moved, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(3, 66001), (20, 4099), (2000, 37), (2, 21, 1900)], ids=str)

@@ -59,13 +59,34 @@ struct ExpPoly<float, 4> {
                                       0x1.fffb31a54d8f1p-1f, 0x1.ffffe724e9cd8p-1f};
 };
 
-// 2^(i / 32) without the bits that i itself adds where it stands under an exponent.
+// 2^n from a table, n in steps of 1 / kPowerSteps of a power of two: what is left of the exponent is then so small that
+// a polynomial of a low degree suffices. An entry is 2^(i / kPowerSteps) without the bits that i itself adds where it
+// stands under an exponent. 1: no table, the instruction set has no permutation of a vector by another.
 #if defined(__AVX512F__)
-alignas(64) constexpr uint32_t kPowers[32] = {
+constexpr int kPowerSteps = 32, kPowerBits = 5;
+alignas(64) constexpr uint32_t kPowers[kPowerSteps] = {
     0x3f800000u, 0x3f7ecd87u, 0x3f7daac3u, 0x3f7c980fu, 0x3f7b95c2u, 0x3f7aa43au, 0x3f79c3d3u, 0x3f78f4f0u,
     0x3f7837f0u, 0x3f778d3au, 0x3f76f532u, 0x3f767043u, 0x3f75fed7u, 0x3f75a15bu, 0x3f75583fu, 0x3f7523f6u,
     0x3f7504f3u, 0x3f74fbafu, 0x3f7508a4u, 0x3f752c4du, 0x3f75672au, 0x3f75b9beu, 0x3f76248cu, 0x3f76a81eu,
     0x3f7744fdu, 0x3f77fbb8u, 0x3f78ccdfu, 0x3f79b907u, 0x3f7ac0c7u, 0x3f7be4bau, 0x3f7d257du, 0x3f7e83b3u};
+#elif defined(__AVX2__)
+constexpr int kPowerSteps = 8, kPowerBits = 3;
+alignas(32) constexpr uint32_t kPowers[kPowerSteps] = {0x3f800000u, 0x3f7b95c2u, 0x3f7837f0u, 0x3f75fed7u,
+                                                       0x3f7504f3u, 0x3f75672au, 0x3f7744fdu, 0x3f7ac0c7u};
+#else
+constexpr int kPowerSteps = 1;
+#endif
+
+#if defined(__AVX2__)
+SOFTCE_INLINE F32V power_of_two(F32V n) {  // n in the low bits
+#if defined(__AVX512F__)
+  const __m512 low = _mm512_load_ps(kPowers), high = _mm512_load_ps(kPowers + 16);
+  const F32V power = (F32V)_mm512_permutex2var_ps(low, (__m512i)n, high);
+#else
+  const F32V power = pick(load<F32V>(kPowers), bits<U32V>(n));
+#endif
+  return bits<F32V>(bits<U32V>(power) + (bits<U32V>(n) << (23 - kPowerBits)));
+}
 #endif
 
 // exp under a Ref: from elements x to y = x * scale - shift and e^y * 2^-power. Below the range the result is an exact
@@ -79,12 +100,8 @@ struct Exp {
   static constexpr double kMagic = kF32 ? 0x1.8p23 : 0x1.8p52;  // adding it rounds to an integer in the low bits
   static constexpr A kHigh = kF32 ? A(0.693359375) : A(6.93147180369123816490e-01);
   static constexpr A kLow = kF32 ? A(-2.12194440e-4) : A(1.90821492927058770002e-10);
-#if defined(__AVX512F__)
-  static constexpr bool kTable = kF32;
-#else
-  static constexpr bool kTable = false;
-#endif
-  static constexpr double kSteps = kTable ? 32 : 1;  // of n, from one power of two to the next
+  static constexpr bool kTable = kF32 && kPowerSteps > 1;
+  static constexpr double kSteps = kTable ? kPowerSteps : 1;  // of n, from one power of two to the next
   A scale, minus_shift, lowest, magic;
 
   Exp(double scale_, const Ref& ref)
@@ -129,17 +146,27 @@ struct Exp {
     } else {
       SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) y[i] = fma(n[i], splat(-kLow), fma(n[i], splat(-kHigh), y[i]));
     }
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
     if constexpr (kTable) {
-      // 2^(n / 32) from two registers leaves |r| <= ln 2 / 64, where degree 2 is as good as degree 5 was: 5.3e-8.
-      const __m512 low_powers = _mm512_load_ps(kPowers), high_powers = _mm512_load_ps(kPowers + 16);
-      SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) {
-        const V power = (V)_mm512_permutex2var_ps(low_powers, (__m512i)t[i], high_powers);
-        t[i] = bits<V>(bits<U>(power) + (bits<U>(t[i]) << 18));
-        p[i] = fma(y[i], splat(A(0.5)), splat(A(1 + kLn2 * kLn2 / (8 * 64 * 64))));
+      // |r| <= kMost. Degree 2: 5.3e-8 with 32 steps, 3.4e-6 with 8, as good as degree 4 without a table; degree 3 with
+      // 8: 2.5e-8.
+      static constexpr double kMost = kLn2 / (2 * kSteps);
+      if constexpr (kPowerSteps == 32 || kDegree == 4) {
+        static constexpr A kHalf = A(0.5), kOne = A(1 + kMost * kMost / 8);
+        const V half = constant(kHalf), first = constant(kOne);
+        SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) p[i] = fma(y[i], half, first);
+        keep_order<kCount>(p);
+        SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) p[i] *= y[i];
+      } else {
+        static constexpr A kSixth = A(1.0 / 6), kHalf = A(0.5 + 0.8284 / 24 * kMost * kMost);
+        const V third = constant(kSixth), second = constant(kHalf);
+        SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) p[i] = fma(y[i], third, second);
+        keep_order<kCount>(p);
+        SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) p[i] *= y[i];
+        keep_order<kCount>(p);
+        SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) p[i] = fma(p[i], y[i], y[i]);
       }
-      keep_order<kCount>(p);
-      SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) p[i] *= y[i];
+      SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) t[i] = power_of_two(t[i]);
       keep_order<kCount>(p);
       SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) y[i] = fma(p[i], t[i], t[i]);
       return;
