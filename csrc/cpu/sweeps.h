@@ -18,7 +18,10 @@ struct Fast {
   static constexpr int NV = X::NV;
   static constexpr int kUnit = X::kUnit;
   static constexpr int kUnits = kTogether > NV ? kTogether / NV : 1;  // units whose exp is computed together
-  static constexpr int kUnroll = 4 / NV;                              // units a turn of the loop
+  // Two streams of four bytes an element, whole lines a vector: longer turns and the target's own prefetches spare 2%
+  // to 9%; otherwise they cost as much.
+  static constexpr bool kLong = kKind == Kind::probs && sizeof(Dense) == 4 && kVecBytes == 64;
+  static constexpr int kUnroll = (kLong ? 8 : 4) / NV;  // units a turn of the loop
   static constexpr int kTurn = kUnroll * kUnit;
   static constexpr int64_t kFold = 2048;  // classes
   static constexpr double kMask = 1e5;    // logits beyond stand for a mask and say nothing about the others
@@ -167,8 +170,8 @@ struct Fast {
     SOFTCE_INLINE void turn(int64_t from) const {
       if (from + kTurn > n) return rest(from);
       SOFTCE_UNROLL for (int u = 0; u < kUnroll; ++u) {
-        // A long row's target has left the near caches. In float32 its prefetches cost more than they spare.
-        if constexpr (kKind == Kind::probs && sizeof(Dense) < 4)
+        // A long row's target has left the near caches.
+        if constexpr (kKind == Kind::probs && (sizeof(Dense) < 4 || kLong))
           __builtin_prefetch(d + from + u * kUnit + kNearBytes / int(sizeof(Dense)));
         unit(from + u * kUnit);
       }
