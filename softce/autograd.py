@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Gradients of the row operations.
 
-Two ways lead through a loss:
+Three ways lead through a loss:
 
 - ``fused_loss``: the reduced loss and the logits' gradient in one pass; backward hands the gradient on, scaled by the
   upstream scalar. Taken for ``mean`` and ``sum`` where only the logits want a gradient.
+- ``late_loss``: the reduced loss in forward, from the statistics, and the logits' gradient in backward. For float16
+  logits, whose gradient would underflow before a loss scaler multiplies it.
 - ``row_stats``: statistics in forward, ``row_grad`` in backward; everything behind the statistics is plain torch on
   ``(R,)`` tensors. Taken everywhere else, and by compiled graphs.
 
-Both fall back to the reference formula for what a kernel cannot give: second derivatives and targets' gradients.
+All fall back to the reference formula for what a kernel cannot give: second derivatives and targets' gradients.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from torch import Tensor
 
 from . import ops, reference
 from .backends.gpu import scale_
-from .ops import ENTROPY, LOSS, LSE, MASS, STATS, TARGET_LOGP, KernelTarget, Spec
-from .reduction import reduce_stats
+from .coefficients import logp_coefficients, loss_slope, row_coefficients, without_logp
+from .ops import COUNT, LOSS, LSE, TARGET_LOGP, KernelTarget, Spec
+from .reduction import per_mean, reduce_stats
 from .validate import jit_traced, within_transform
 
 BAD_INDEX = "softce: target out of range"
@@ -51,18 +54,6 @@ def reraise(error: RuntimeError) -> None:
         raise IndexError(str(error)) from None
     if "is out of bounds for dimension" in str(error):
         raise IndexError(f"{BAD_INDEX}: {str(error).splitlines()[0]}; classes go from 0 to C - 1") from None
-
-
-def row_coefficients(stats: Tensor, grad: Tensor, spec: Spec) -> Tensor:
-    """``row_grad``'s coefficients for the gradient ``grad`` of the statistics: rows A, D and, with extras, B."""
-    lse, mass, g_loss = stats[LSE], stats[MASS], grad[LOSS]
-    a = g_loss * (mass + 2.0 * spec.z_loss * lse) + grad[LSE]
-    if stats.shape[0] == STATS:
-        return torch.stack((a, g_loss))
-    # logp = sum(t y) - sum(t) lse moves with q = t here, and the entropy as -p (y - lse + H).
-    g_logp, g_entropy = grad[TARGET_LOGP], grad[ENTROPY]
-    a = a - g_logp * mass + g_entropy * (lse - stats[ENTROPY])
-    return torch.stack((a, g_loss - g_logp, -g_entropy))
 
 
 def plain_target(call: Call) -> bool:
@@ -137,21 +128,6 @@ def logp_call(call: Call) -> Call:
     return call._replace(target=call.target._replace(weight=None), spec=spec)
 
 
-def logp_coefficients(stats: Tensor, grad: Tensor, spec: Spec) -> Tensor:
-    """``row_grad``'s coefficients for the gradient ``grad`` of the log-probability; ``stats``: of :func:`logp_call`.
-
-    Where nothing comes back to it, what they make is 0 exactly.
-    """
-    upstream = torch.zeros_like(stats)
-    upstream[LOSS] = -grad
-    return row_coefficients(stats, upstream, spec)
-
-
-def without_logp(grad: Tensor) -> Tensor:
-    """The gradient ``grad`` of the statistics, with nothing for the log-probability."""
-    return torch.cat((grad[:TARGET_LOGP], torch.zeros_like(grad[:1]), grad[TARGET_LOGP + 1 :]))
-
-
 def _logp_vjp(logits: Tensor, call: Call, grad: Tensor) -> Tensor:
     plain = logp_call(call)
     stats = ops.row_stats(logits, *plain.target, plain.ignore_index, plain.spec, False)
@@ -167,10 +143,14 @@ def _save(ctx: Any, logits: Tensor, call: Call, *more: Tensor | None) -> None:
 
 def _restore(ctx: Any) -> tuple[Tensor, Call, tuple[Tensor | None, ...]]:
     logits, *rest = ctx.saved_tensors
-    target = KernelTarget(*rest[:5])
-    if target.index is not None and target.index.dim() == 1:  # only the CPU's row_fused takes (R,) for (R, 1)
-        target = target._replace(index=target.index.unsqueeze(1))
-    return logits, Call(target, ctx.ignore_index, ctx.spec), tuple(rest[5:])
+    return logits, Call(_entries_form(KernelTarget(*rest[:5])), ctx.ignore_index, ctx.spec), tuple(rest[5:])
+
+
+def _entries_form(target: KernelTarget) -> KernelTarget:
+    """Class indices as entries, ``(R, 1)``: only the CPU's operators take ``(R,)`` for them."""
+    if target.index is not None and target.index.dim() == 1:
+        return target._replace(index=target.index.unsqueeze(1))
+    return target
 
 
 # The operator carries its own derivative, for compiled graphs and for whoever calls it directly.
@@ -329,9 +309,45 @@ def _vjp_by_statistics(ctx: Any, g_loss: Tensor | None, g_stats: Tensor | None) 
     return _stats_vjp(logits, call, saved, grad, (True, *(False,) * 5), ctx.extras)[0]
 
 
-# Straight to the C++ apply: Python's own looks for functorch wrappers first, which fused losses never meet
+class _Late(torch.autograd.Function):
+    """The reduced loss from the statistics; the gradient is made in backward, already scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, packed: tuple[Call, Tensor | None, bool, torch.dtype | None]) -> Tensor:
+        call, row_weight, mean, dtype = packed
+        stats = row_stats(logits, call, False)
+        _save(ctx, logits, call, row_weight, stats)
+        ctx.mean, ctx.extras = mean, False
+        loss = reduce_stats(stats, call.spec, row_weight, mean)
+        return loss if dtype is None else loss.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g_loss: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() or is_batched(g_loss):
+            return _vjp_by_statistics(ctx, g_loss, None), None
+        logits, call, (row_weight, stats) = _restore(ctx)
+        assert stats is not None
+        factor = g_loss.to(stats.dtype)
+        if call.spec.scale != 1.0:
+            factor = factor * call.spec.scale
+        if ctx.mean:
+            factor = per_mean(factor, stats[COUNT], row_weight, call.spec)
+        rows = factor.expand_as(stats[LOSS]) if row_weight is None else factor * row_weight
+        coef = row_coefficients(stats, loss_slope(stats, rows, call.spec), call.spec)
+        return ops.row_grad(logits, stats[LSE], coef, *call.target, call.ignore_index, call.spec), None
+
+
+# Straight to the C++ apply: Python's own looks for functorch wrappers first, which these losses never meet
 # (dispatch.py), and at a few rows of a few classes that look is a tenth of the whole call.
 _apply_fused = super(torch.autograd.Function, _Fused).apply
+_apply_late = super(torch.autograd.Function, _Late).apply
+
+
+def late_loss(
+    logits: Tensor, call: Call, row_weight: Tensor | None, mean: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Reduced loss, in ``dtype`` or as it was computed, whose gradient is made in backward."""
+    return _apply_late(logits, (call, row_weight, mean, dtype))  # type: ignore[no-any-return]
 
 
 def fused_loss(

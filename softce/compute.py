@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference, validate
-from .autograd import Call, fused_loss, reraise, row_stats
+from .autograd import Call, fused_loss, late_loss, reraise, row_stats
 from .backends import gpu
 from .dispatch import is_plain, use_kernel
 from .layout import Layout, layout_of, per_row
@@ -83,12 +83,11 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
         rows, reduction = _by_class(class_factor, call, rows, layout, logits.device, acc, reduction)
     kernel = use_kernel(logits, ask.options)
     offset = target_entropy(target, ignore_index, spec, acc, layout.classes, kernel) if kernel_form.divergence else None
-    one_pass = (
+    plainest = (
         kernel
         and reduction != "none"
         and logits.requires_grad
         and torch.is_grad_enabled()
-        and dtype is not torch.float16  # a mean's gradient would underflow before a loss scaler multiplies it
         and row_loss is known_row_loss
         and (offset is None or spec.phi == PHI_IDENTITY)
         and not ask.from_probs
@@ -96,8 +95,12 @@ def loss_of(input: Tensor, form: Target, weight: Tensor | None, ask: Request) ->
         and logits.device.type != "meta"
         and is_plain(logits)
     )
+    # A mean's gradient would underflow before a loss scaler multiplies it: it is made in backward.
+    late = dtype is torch.float16
     try:
-        if one_pass:
+        if plainest and late and not (ask.return_stats or ask.options.inplace or offset is not None):
+            loss = late_loss(logits, call, rows, reduction == "mean")
+        elif plainest and not late:
             loss, found = fused_loss(logits, call, rows, reduction == "mean", ask.return_stats, ask.options.inplace)
             if found is not None:
                 stats = found

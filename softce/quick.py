@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The short way of the plainest training call: float32 or bfloat16 logits ``(N, C)`` on the CPU, mean or sum.
+"""The short way of the plainest training call: logits ``(N, C)`` on the CPU, mean or sum.
 
-Class indices and probabilities, row losses that the kernels know, the gradient in place.
+float32 and half precision, class indices and probabilities, row losses that the kernels know; the gradient in place but
+for float16.
 
 At a few rows of a few classes the arithmetic is nothing and every Python object on the way is felt. This way makes
 none of those that the general one needs. It only decides whether it can take a call; what it cannot take, errors
@@ -13,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autograd import Call, fused_loss, reraise
+from .autograd import Call, fused_loss, late_loss, reraise
 from .dispatch import cpu_kernels, is_plain
 from .ops import KernelTarget
 from .options import DEFAULT, Options
@@ -21,7 +22,7 @@ from .row_losses import RowLoss
 from .settings import cached_spec, default_loss_dtype
 from .validate import check_logits, check_probabilities, find_nan, may_be_probabilities
 
-_DTYPES = (torch.float32, torch.bfloat16)  # those whose gradient may be ready before backward (compute.py)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quick_loss(
@@ -59,6 +60,8 @@ def quick_loss(
         options = DEFAULT
     elif type(options) is not Options or options.backend != "auto":
         return None
+    if options.inplace and input.dtype is torch.float16:
+        return None
     in_form = _kernel_target(input, target, ignore_index)
     if in_form is None or not cpu_kernels():
         return None
@@ -74,7 +77,10 @@ def quick_loss(
     call = Call(in_form, ignore_index, spec)
     try:
         dtype = default_loss_dtype(input.dtype, "cpu")
-        loss = fused_loss(input, call, None, reduction == "mean", False, options.inplace, dtype)[0]
+        if input.dtype is torch.float16:  # its gradient is made in backward (autograd.py)
+            loss = late_loss(input, call, None, reduction == "mean", dtype)
+        else:
+            loss = fused_loss(input, call, None, reduction == "mean", False, options.inplace, dtype)[0]
     except RuntimeError as error:
         reraise(error)
         raise

@@ -147,11 +147,11 @@ def assert_gradient(got: Tensor, want: Tensor, what: str, weight: Tensor | float
     ``weight`` is the coefficient of p in each row: where p - q cancels, the error is beside that.
     """
     eps = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps
-    dtype = torch.finfo(got.dtype)
+    dtype, got_dtype = torch.finfo(got.dtype), got.dtype
     got, want = rows_of(got).double(), rows_of(want)
     largest = torch.maximum(want.abs().amax(1, keepdim=True), torch.as_tensor(weight).abs().reshape(-1, 1))
-    degree_4 = 3e-6 if dtype.bits == 16 else 0.0  # the 16-bit types' exp
-    allowed = (16 * eps + degree_4) * (want.abs() + largest * 0.02) + 16 * eps * largest
+    coarse = 3e-6 if got_dtype == torch.bfloat16 else 0.0  # the exp of long bfloat16 rows
+    allowed = (16 * eps + coarse) * (want.abs() + largest * 0.02) + 16 * eps * largest
     if dtype.bits == 16:
         allowed = allowed + 0.5 * dtype.eps * want.abs() + dtype.smallest_normal * dtype.eps
     error = (got - want).abs() - allowed
@@ -161,7 +161,7 @@ def assert_gradient(got: Tensor, want: Tensor, what: str, weight: Tensor | float
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    return {torch.float64: 2e-14, torch.bfloat16: 5e-6}.get(dtype, 2e-6)  # long bfloat16 rows take an exp of degree 4
+    return {torch.float64: 2e-14, torch.bfloat16: 5e-6}.get(dtype, 2e-6)  # long bfloat16 rows take a coarser exp
 
 
 def assert_stats(got: Tensor, truth: Truth, dtype: torch.dtype, what: str) -> None:

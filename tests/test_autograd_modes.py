@@ -233,7 +233,38 @@ def test_what_no_kernel_can_do_goes_to_the_formula(cpu_kernels: None) -> None:
     assert calls["row_fused"] + calls["row_grad"] == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"label_smoothing": 0.1, "z_loss": 1e-3, "temperature": 2.0}, {"row_loss": softce.Focal(2.0)}],
+    ids=["plain", "scalars", "focal"],
+)
+def test_float16_gradients_come_scaled(kind: str, reduction: str, kwargs: dict[str, Any], cpu_kernels: None) -> None:
+    """A mean's gradient lies below float16's range until the upstream one, a loss scaler's, multiplies it."""
+    rows, scale = 4096, 2.0**14
+    x = torch.randn(rows, 40).half()
+    y = torch.randint(40, (rows,)) if kind == "indices" else torch.randn(rows, 40).softmax(1).half()
+    if kind == "indices":
+        y[::7] = -100
+    want = evaluate(x, y, reduction=reduction, upstream=scale, **kwargs)
+    found = []
+    # Without options, with some, and one dimension more: the short way and the general one.
+    for shape, extra in (((rows, 40), {}), ((rows, 40), {"options": Options(backend="cpu")}), ((rows, 40, 1), {})):
+        z = x.view(shape).requires_grad_()
+        target = y.view(rows, *shape[2:]) if kind == "indices" else y.view(shape)
+        with kernel_calls() as calls:
+            loss = softce.cross_entropy(z, target, reduction=reduction, **kwargs, **extra)
+            loss.backward(torch.tensor(scale, dtype=loss.dtype))
+        assert calls == {"row_stats": 1, "row_grad": 1}
+        assert z.grad is not None
+        found.append((loss.detach(), z.grad.view(rows, 40)))
+    assert_rounded_once(found[0][1], want.grad, scale=want.grad_scale)
+    for loss, grad in found:
+        assert torch.equal(loss, found[0][0]) and torch.equal(grad, found[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_several_upstream_gradients_at_once(dtype: torch.dtype, cpu_kernels: None) -> None:
     """``is_grads_batched``: they have no one value, so the ready gradient is of no use; kernels make another."""
     x = X.to(dtype).requires_grad_()
@@ -243,7 +274,7 @@ def test_several_upstream_gradients_at_once(dtype: torch.dtype, cpu_kernels: Non
         with kernel_calls() as calls:
             loss = softce.cross_entropy(x, Y, **kwargs)
             (got,) = torch.autograd.grad(loss, x, upstream, is_grads_batched=True)
-        assert calls["row_fused"] == 1 and calls["row_grad"] >= 1
+        assert calls["row_stats" if dtype == torch.float16 else "row_fused"] == 1 and calls["row_grad"] >= 1
         scale = int((Y != -100).sum()) if kwargs else 1
         tolerance = 16 * torch.finfo(dtype).eps * scale
         torch.testing.assert_close(got.double(), scale * upstream.double().view(2, 1, 1) * want, rtol=0, atol=tolerance)

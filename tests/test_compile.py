@@ -262,14 +262,18 @@ def test_export_of_any_picture_size() -> None:
     torch.testing.assert_close(program.module()(x, t), F.cross_entropy(x, t))
 
 
-def test_compiled_autograd_of_an_eager_loss() -> None:
-    x, t = torch.randn(5, 9), torch.randint(9, (5,))
-    want = step(x, lambda x: F.cross_entropy(x, t))[1]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("row_loss", [None, softce.Focal(2.0)])
+def test_compiled_autograd_of_an_eager_loss(dtype: torch.dtype, row_loss: softce.RowLoss | None) -> None:
+    x, t = torch.randn(5, 9).to(dtype), torch.randint(9, (5,))
+    want = step(x, lambda x: softce.cross_entropy(x, t, row_loss=row_loss))[1]
     leaf = x.clone().requires_grad_()
-    loss = softce.cross_entropy(leaf, t)
+    loss = softce.cross_entropy(leaf, t, row_loss=row_loss)
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
         loss.backward()
     torch.testing.assert_close(leaf.grad, want)
+    if row_loss is None:
+        torch.testing.assert_close(want, step(x, lambda x: F.cross_entropy(x, t))[1])
 
 
 def test_inductor() -> None:

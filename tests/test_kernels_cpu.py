@@ -270,7 +270,7 @@ def placed(tensor: torch.Tensor, in_page: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("classes", [4096, 18432, 18433])
+@pytest.mark.parametrize("classes", [100, 700, 4096, 18432, 18433])
 def test_places_in_a_page_do_not_change_a_bit(isa: str, dtype: torch.dtype, kind: str, classes: int) -> None:
     """How far the second sweep goes ahead of the first depends on where rows begin, what comes out does not."""
     x = logits_for((6, classes), dtype)

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // exp and tanh in vectors. Included inside the namespace of an instruction set.
 
-// e^y = 2^n * e^r with n = round(y / ln 2) and |r| <= ln 2 / 2. Rows are not shifted by their maximum as long as it is
+// e^y = 2^n * e^r with n = round(y / ln 2) and |r| <= ln 2 / 2, or n in parts of a power of two and r as much smaller.
+// Rows are not shifted by their maximum as long as it is
 // moderate: a Ref takes the power of two 2^-power out of e^y instead, which rounds nothing, so that many rows and many
 // blocks can share one. Only large logits are shifted (by `shift`, as everyone does).
 struct Ref {
@@ -24,8 +25,8 @@ inline Ref ref_for(double top) {
   return ref;
 }
 
-// Polynomials for e^r on |r| <= ln 2 / 2, least maximum relative error: degree 4: 2.6e-6 (for long rows of
-// bfloat16), degree 5: 7.5e-8; float64 has the Taylor series, 4e-18.
+// Polynomials for e^r on |r| <= ln 2 / 2, least maximum relative error: degree 4: 2.6e-6 (the coarse exp, for long rows
+// of bfloat16), degree 5: 7.5e-8; float64 has the Taylor series, 4e-18.
 template <class A, int kDegree>
 struct ExpPoly {
   static constexpr int kTerms = 14;
@@ -90,7 +91,8 @@ SOFTCE_INLINE F32V power_of_two(F32V n) {  // n in the low bits
 #endif
 
 // exp under a Ref: from elements x to y = x * scale - shift and e^y * 2^-power. Below the range the result is an exact
-// 0; nan stays nan. Above (more than e^80 over the reference) it is garbage: callers watch the maximum.
+// 0, and in its lowest octave (e^-87 under a power of 0) a subnormal number without digits where the powers come from a
+// table; nan stays nan. Above (more than e^80 over the reference) it is garbage: callers watch the maximum.
 template <class A, int kDegree>
 struct Exp {
   using V = typename VecOf<A>::V;
@@ -148,8 +150,7 @@ struct Exp {
     }
 #if defined(__AVX2__)
     if constexpr (kTable) {
-      // |r| <= kMost. Degree 2: 5.3e-8 with 32 steps, 3.4e-6 with 8, as good as degree 4 without a table; degree 3 with
-      // 8: 2.5e-8.
+      // |r| <= kMost. Degree 2: 5.3e-8 with 32 steps, and with 8 3.4e-6, the coarse exp; degree 3 with 8: 2.5e-8.
       static constexpr double kMost = kLn2 / (2 * kSteps);
       if constexpr (kPowerSteps == 32 || kDegree == 4) {
         static constexpr A kHalf = A(0.5), kOne = A(1 + kMost * kMost / 8);

@@ -129,7 +129,7 @@ struct Context {
   const A* weight;
   int64_t rows, classes;
   bool sparse, teacher, has_base;
-  bool coarse_exp;              // the sweeps take the exp of degree 4
+  bool coarse_exp;              // the sweeps take Exp<A, 4>
   double scale, teacher_scale;  // 1 / temperature as the kernels apply it
   size_t size, dense_size;      // bytes an element
 

@@ -20,7 +20,7 @@ struct Fast {
   static constexpr int kUnits = kTogether > NV ? kTogether / NV : 1;  // units whose exp is computed together
   // Two streams of four bytes an element, whole lines a vector: longer turns and the target's own prefetches spare 2%
   // to 9%; otherwise they cost as much.
-  static constexpr bool kLong = kKind == Kind::probs && sizeof(Dense) == 4 && kVecBytes == 64;
+  static constexpr bool kLong = kKind == Kind::probs && sizeof(Elem) == 4 && kVecBytes == 64;
   static constexpr int kUnroll = (kLong ? 8 : 4) / NV;  // units a turn of the loop
   static constexpr int kTurn = kUnroll * kUnit;
   static constexpr int64_t kFold = 2048;  // classes
@@ -165,10 +165,14 @@ struct Fast {
       };
       uintptr_t by = 0;
       while (by < kPage - kStep && !(apart(x, by) && (!kDense || apart(target, by)))) by += kStep;
-      return int64_t(by / sizeof(Elem));
+      const int64_t lead = int64_t(by / sizeof(Elem));
+      return lead < n ? lead : 0;
     }
     SOFTCE_INLINE void turn(int64_t from) const {
-      if (from + kTurn > n) return rest(from);
+      if (from + kTurn > n) {
+        if (from < n) rest(from);  // a sweep that leads is through before the other one
+        return;
+      }
       SOFTCE_UNROLL for (int u = 0; u < kUnroll; ++u) {
         // A long row's target has left the near caches.
         if constexpr (kKind == Kind::probs && (sizeof(Dense) < 4 || kLong))

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..autograd import Call, plain_target, reference_vjp, row_coefficients, without_logp
-from ..ops import DENSE_LOGITS, DENSE_PROBS, LOSS, LSE, TARGET_LOGP, Spec, acc_dtype
+from ..autograd import Call, plain_target, reference_vjp
+from ..coefficients import loss_slope, row_coefficients, without_logp
+from ..ops import DENSE_LOGITS, DENSE_PROBS, LSE, TARGET_LOGP, acc_dtype
 from ..reduction import per_mean, reduce_stats
-from ..row_losses import phi_of
 from ..target_rows import counts
 from . import row_ops
 from .chunks import Chunking, blocks, choose, costs, reserve, row_copies, weight_tile, widths, work_dtype
@@ -289,24 +289,12 @@ def fused(
     factor = _row_factor(loop.tensors, work, weights, mean, loop.acc)
     if loop.tiled:
         found = _stats(loop, extras)
-        slope = _slope(found, factor, spec)
+        slope = loss_slope(found, factor, spec)
         _add_gradients(loop, found[LSE], row_coefficients(found[: ops.STATS], slope, spec))
     else:
         found = _fused_rows(loop, factor, extras)
     loss = reduce_stats(found, spec, weights, mean)
     return Fused(loss, kept.spread(found, tensors.row_count), *loop.student.finish())
-
-
-def _slope(found: Tensor, factor: Tensor, spec: Spec) -> Tensor:
-    """The gradient of ``sum(factor * phi(l))`` for the statistics ``found``."""
-    slope = torch.zeros_like(found[: ops.STATS])
-    slope[LOSS] = factor
-    phi = phi_of(spec)
-    if phi is not None:
-        with torch.enable_grad():
-            leaf = found[LOSS].detach().requires_grad_()
-            (slope[LOSS],) = torch.autograd.grad(phi(leaf), leaf, factor)
-    return slope
 
 
 def _fused_rows(loop: Loop, factor: Tensor, extras: bool) -> Tensor:
@@ -321,7 +309,7 @@ def _fused_rows(loop: Loop, factor: Tensor, extras: bool) -> Tensor:
             _, found[:, a:b] = ops.row_fused_(logits, *arguments)
         else:
             rows = row_ops.row_stats(logits, call, extras, False)
-            coef = row_coefficients(rows[: ops.STATS], _slope(rows, factor[a:b], spec), spec)
+            coef = row_coefficients(rows[: ops.STATS], loss_slope(rows, factor[a:b], spec), spec)
             row_ops.row_grad_(logits, rows[LSE], coef, call, False)
             found[:, a:b] = rows
         loop.student.add(0, classes, logits)

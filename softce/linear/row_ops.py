@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
-from ..autograd import Call, logp_call, logp_coefficients, plain_target
+from ..autograd import Call, logp_call, plain_target
+from ..coefficients import logp_coefficients
 from ..ops import (
     ENTROPY,
     LOSS,
