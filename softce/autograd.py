@@ -5,8 +5,8 @@ Three ways lead through a loss:
 
 - ``fused_loss``: the reduced loss and the logits' gradient in one pass; backward hands the gradient on, scaled by the
   upstream scalar. Taken for ``mean`` and ``sum`` where only the logits want a gradient.
-- ``late_loss``: the reduced loss in forward, from the statistics, and the logits' gradient in backward. For float16
-  logits, whose gradient would underflow before a loss scaler multiplies it.
+- ``late_loss``: the reduced loss in forward, from the statistics, and in backward the logits' gradient, its rows
+  weighted with the upstream scalar. For float16 logits: theirs would underflow before a loss scaler multiplies it.
 - ``row_stats``: statistics in forward, ``row_grad`` in backward; everything behind the statistics is plain torch on
   ``(R,)`` tensors. Taken everywhere else, and by compiled graphs.
 
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from . import ops, reference
 from .backends.gpu import scale_
-from .coefficients import logp_coefficients, loss_slope, row_coefficients, without_logp
-from .ops import COUNT, LOSS, LSE, TARGET_LOGP, KernelTarget, Spec
+from .coefficients import logp_coefficients, row_coefficients, without_logp
+from .ops import COUNT, LSE, TARGET_LOGP, KernelTarget, Spec
 from .reduction import per_mean, reduce_stats
 from .validate import jit_traced, within_transform
 
@@ -328,13 +328,11 @@ class _Late(torch.autograd.Function):
         logits, call, (row_weight, stats) = _restore(ctx)
         assert stats is not None
         factor = g_loss.to(stats.dtype)
-        if call.spec.scale != 1.0:
-            factor = factor * call.spec.scale
         if ctx.mean:
             factor = per_mean(factor, stats[COUNT], row_weight, call.spec)
-        rows = factor.expand_as(stats[LOSS]) if row_weight is None else factor * row_weight
-        coef = row_coefficients(stats, loss_slope(stats, rows, call.spec), call.spec)
-        return ops.row_grad(logits, stats[LSE], coef, *call.target, call.ignore_index, call.spec), None
+        # As weights of the rows: at a few rows of a few classes row_grad's coefficients took longer than all the rest.
+        rows = factor.expand(stats.shape[1]).contiguous() if row_weight is None else factor * row_weight
+        return ops.row_fused(logits, *call.target, rows, call.ignore_index, call.spec, False, False, False)[1], None
 
 
 # Straight to the C++ apply: Python's own looks for functorch wrappers first, which these losses never meet

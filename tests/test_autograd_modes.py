@@ -256,7 +256,7 @@ def test_float16_gradients_come_scaled(kind: str, reduction: str, kwargs: dict[s
         with kernel_calls() as calls:
             loss = softce.cross_entropy(z, target, reduction=reduction, **kwargs, **extra)
             loss.backward(torch.tensor(scale, dtype=loss.dtype))
-        assert calls == {"row_stats": 1, "row_grad": 1}
+        assert calls == {"row_stats": 1, "row_fused": 1}
         assert z.grad is not None
         found.append((loss.detach(), z.grad.view(rows, 40)))
     assert_rounded_once(found[0][1], want.grad, scale=want.grad_scale)
