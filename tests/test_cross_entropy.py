@@ -85,7 +85,7 @@ def test_gradient_is_accurate_over_many_classes(cpu_kernels: None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_kernels_run(cpu_kernels: None, dtype: torch.dtype) -> None:
-    """A training step is one fused call, in float16 behind the statistics; others are one pass forward, one backward."""
+    """A training step is one fused call, in float16 behind the statistics; others are a pass forward, one backward."""
     x, y = torch.randn(8, 16, dtype=dtype).requires_grad_(), torch.arange(8)
     with kernel_calls() as calls:
         softce.cross_entropy(x, y).backward()
