@@ -267,7 +267,7 @@ def test_float16_gradients_come_scaled(kind: str, reduction: str, kwargs: dict[s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_several_upstream_gradients_at_once(dtype: torch.dtype, cpu_kernels: None) -> None:
     """``is_grads_batched``: they have no one value, so the ready gradient is of no use; kernels make another."""
-    x = X.to(dtype).requires_grad_()
+    x = X.clone().to(dtype).requires_grad_()
     upstream = torch.tensor([1.0, -3.0], dtype=dtype)
     want = run(F.cross_entropy, x.detach().double(), Y)[1]
     for kwargs in ({}, {"reduction": "sum"}):
