@@ -143,14 +143,10 @@ def _save(ctx: Any, logits: Tensor, call: Call, *more: Tensor | None) -> None:
 
 def _restore(ctx: Any) -> tuple[Tensor, Call, tuple[Tensor | None, ...]]:
     logits, *rest = ctx.saved_tensors
-    return logits, Call(_entries_form(KernelTarget(*rest[:5])), ctx.ignore_index, ctx.spec), tuple(rest[5:])
-
-
-def _entries_form(target: KernelTarget) -> KernelTarget:
-    """Class indices as entries, ``(R, 1)``: only the CPU's operators take ``(R,)`` for them."""
-    if target.index is not None and target.index.dim() == 1:
-        return target._replace(index=target.index.unsqueeze(1))
-    return target
+    target = KernelTarget(*rest[:5])
+    if target.index is not None and target.index.dim() == 1:  # only the CPU's operators take (R,) for (R, 1)
+        target = target._replace(index=target.index.unsqueeze(1))
+    return logits, Call(target, ctx.ignore_index, ctx.spec), tuple(rest[5:])
 
 
 # The operator carries its own derivative, for compiled graphs and for whoever calls it directly.

@@ -147,10 +147,10 @@ def assert_gradient(got: Tensor, want: Tensor, what: str, weight: Tensor | float
     ``weight`` is the coefficient of p in each row: where p - q cancels, the error is beside that.
     """
     eps = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps
-    dtype, got_dtype = torch.finfo(got.dtype), got.dtype
+    dtype = torch.finfo(got.dtype)
+    coarse = 3e-6 if got.dtype == torch.bfloat16 else 0.0  # the exp of long bfloat16 rows
     got, want = rows_of(got).double(), rows_of(want)
     largest = torch.maximum(want.abs().amax(1, keepdim=True), torch.as_tensor(weight).abs().reshape(-1, 1))
-    coarse = 3e-6 if got_dtype == torch.bfloat16 else 0.0  # the exp of long bfloat16 rows
     allowed = (16 * eps + coarse) * (want.abs() + largest * 0.02) + 16 * eps * largest
     if dtype.bits == 16:
         allowed = allowed + 0.5 * dtype.eps * want.abs() + dtype.smallest_normal * dtype.eps

@@ -2,9 +2,9 @@
 // exp and tanh in vectors. Included inside the namespace of an instruction set.
 
 // e^y = 2^n * e^r with n = round(y / ln 2) and |r| <= ln 2 / 2, or n in parts of a power of two and r as much smaller.
-// Rows are not shifted by their maximum as long as it is
-// moderate: a Ref takes the power of two 2^-power out of e^y instead, which rounds nothing, so that many rows and many
-// blocks can share one. Only large logits are shifted (by `shift`, as everyone does).
+// Rows are not shifted by their maximum as long as it is moderate: a Ref takes the power of two 2^-power out of e^y
+// instead, which rounds nothing, so that many rows and many blocks can share one. Only large logits are shifted (by
+// `shift`, as everyone does).
 struct Ref {
   double shift = 0;
   double power = 0;  // an integer
