@@ -298,3 +298,60 @@ def test_threads_do_not_change_a_bit(isa: str, dtype: torch.dtype, kind: str, sh
             results.append((*fused_of(x, target, spec), stats_of(x, target, spec)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["indices", "probs"])
+@pytest.mark.parametrize("shape", [(3000, 10), (900, 100)], ids=str)
+def test_a_masked_class_changes_no_bit_of_other_rows(
+    isa: str, dtype: torch.dtype, weighted: bool, kind: str, shape: tuple[int, ...]
+) -> None:
+    """Tiles of short rows begin without a thought of masks; from the first one that has some on they are cared for."""
+    rows, classes = shape
+    x = logits_for(shape, dtype)
+    x[rows // 4, 3] = 5
+    target = target_for(kind, x)
+    if weighted:
+        weight = torch.rand(classes, dtype=ops.acc_dtype(dtype)) + 0.5
+        weight[3] = 0
+        target = target._replace(weight=weight)
+    if target.dense is not None:
+        target.dense[rows // 4, 3] = 0
+    spec = spec_for(kind, classes, mix_a=0.9, mix_b=0.1 / classes) if weighted else spec_for(kind, classes)
+    loss, want, stats = fused_of(x, target, spec, mean=False)
+    x[rows // 4, 3] = -INF
+    if target.index is not None:
+        target.index[rows // 4] = 5
+    masked_loss, found, masked_stats = fused_of(x, target, spec, mean=False)
+    others = torch.arange(rows) != rows // 4
+    assert math.isfinite(masked_loss) and not torch.equal(masked_stats, stats)
+    assert torch.equal(found[others], want[others]) and torch.equal(masked_stats[:, others], stats[:, others])
+    check(x, target, spec)
+    for count in (2, 3):
+        with threads(count):
+            again = fused_of(x, target, spec, mean=False)
+        assert all(torch.equal(a, b) for a, b in zip(again, (masked_loss, found, masked_stats), strict=True))
+
+
+@pytest.mark.parametrize("classes", [100, 3000])
+def test_bfloat16_gradients_are_rounded_to_nearest_even(isa: str, classes: int) -> None:
+    """Where e is 0 the gradient is a product of two numbers, here one that float32 holds exactly: every significand,
+    ties, next to powers of two, large numbers and those just normal."""
+    x = torch.full((64, classes), -300.0, dtype=torch.bfloat16)
+    x[:, 0] = 300
+    significand = torch.arange(128, 256).repeat(classes // 128 + 1)[: classes - 1]
+    ties = 0
+    for exponent in (-126, -100, 0, 50, 63, 64, 100, 110):
+        dense = torch.zeros(64, classes, dtype=torch.bfloat16)
+        dense[:, 1:] = significand.to(torch.bfloat16) * 2.0**-7
+        dense[::2, 1:] *= -1
+        row_weight = (torch.arange(64) + 64.0) * 2.0 ** (exponent - 6)
+        row_weight[1] = 2.0**exponent * (1 + 2.0**-15)
+        _, g, _ = fused_of(x, KernelTarget(dense=dense), Spec(), row_weight, mean=False)
+        exact = -(dense[:, 1:].double() * row_weight[:, None].double())
+        assert torch.equal(exact, exact.float().double())
+        want = exact.to(torch.bfloat16)
+        ties += int((exact.float().view(torch.int32) % 65536 == 32768).sum())
+        assert torch.equal(g[:, 1:].view(torch.int16), want.view(torch.int16)), f"2^{exponent}"
+    assert ties > 100

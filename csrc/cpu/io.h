@@ -15,6 +15,13 @@ SOFTCE_INLINE U32V round_bf16(F32V v) {
   return rounded;
 }
 
+// v with the digits of a bfloat16, rounded as round_bf16 does, for |v| < 2^111: at 65536 v a float has its last digit
+// where v has that of a bfloat16, so 65535 v is rounded there, and what is between them is v as it was rounded (after
+// T. J. Dekker, "A floating-point technique for extending the available precision", 1971, who takes 65537 v, which
+// has a digit less for v next to a power of two). Half the work; but larger numbers become inf, an infinity nan, and
+// numbers too small for float32's normal ones keep digits that a bfloat16 has no place for.
+SOFTCE_INLINE F32V moderate_to_bf16(F32V v) { return fma(v, splat(65536.0f), -(v * 65535.0f)); }
+
 SOFTCE_INLINE HalfV narrow_bf16(F32V v) {
 #if defined(__AVX512BF16__)
   return (HalfV)_mm512_cvtneps_pbh((__m512)v);  // where others leave a subnormal number, this leaves 0
@@ -71,6 +78,7 @@ struct FloatIO {  // float32 and float64 as they are
   static Elem from(A x) { return x; }
   static A to(Elem x) { return x; }
   static constexpr int kPairs = 1;  // even elements of a unit that stand before the odd ones
+  static constexpr bool kModerate = false;
 };
 using F32 = FloatIO<float>;
 using F64 = FloatIO<double>;
@@ -90,6 +98,7 @@ struct HalfIO {  // 16-bit elements in their order
   static Elem from(float x) { return narrow(splat(x))[0]; }
   static float to(Elem x) { return kWiden(HalfV{} | x)[0]; }
   static constexpr int kPairs = 1;
+  static constexpr bool kModerate = false;
 };
 using F16 = HalfIO<narrow_f16, widen_f16, 5>;
 using BF16 = HalfIO<narrow_bf16, widen_bf16, 4>;
@@ -117,13 +126,30 @@ struct BF16Pairs {
     const __m512i apart = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
     return (U32V)_mm512_permutexvar_epi16(_mm512_load_si512(kTurns), apart);
 #else
-    return (round_bf16<kNan>(v[0]) >> 16) | (round_bf16<kNan>(v[1]) & 0xffff0000u);
+    return in_turns(round_bf16<kNan>(v[0]), round_bf16<kNan>(v[1]));
+#endif
+  }
+  // The upper half of each lane, even before odd.
+  static SOFTCE_INLINE U32V in_turns(U32V even, U32V odd) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (U32V)_mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xaa);
+#else
+    return (even >> 16) | (odd & 0xffff0000u);
 #endif
   }
   // What the kernels write here is nan only where its operands were bfloat16 nans or a quiet one of our own, and none
   // of those has bits that rounding could carry out of.
   static SOFTCE_INLINE void write(Elem* p, const V* v) { store(p, pack<false>(v)); }
   static SOFTCE_INLINE void write_stream(Elem* p, const V* v) { stream(p, pack<false>(v)); }
+#if defined(__AVX512BF16__)
+  static constexpr bool kModerate = false;
+#else
+  static constexpr bool kModerate = true;  // whether there is a shorter way for moderate numbers
+  static SOFTCE_INLINE void write_moderate(Elem* p, const V* v, bool past) {
+    const U32V packed = in_turns(bits<U32V>(moderate_to_bf16(v[0])), bits<U32V>(moderate_to_bf16(v[1])));
+    past ? stream(p, packed) : store(p, packed);
+  }
+#endif
   static Elem from(float x) { return BF16::from(x); }
   static float to(Elem x) { return BF16::to(x); }
   static constexpr int kPairs = kLanes<float>;

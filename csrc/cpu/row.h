@@ -199,6 +199,8 @@ struct Factors {
   double a = 0, b = 0, slope = 0, base = 0, entry = 0;
   double pull = 0;    // of which slope, base and entry are parts
   bool zero = false;  // the gradient is an exact 0
+  // It is far from float32's largest numbers (where no weight or target beyond 1e13 meets a factor of as much).
+  bool moderate = false;
 };
 
 struct Finished {
@@ -388,6 +390,7 @@ inline Factors factors_of(const Context<A>& ctx, int64_t r, const Finished& row,
   f.a *= ctx.scale;
   f.b *= ctx.scale;
   f.pull = ctx.scale * pull;
+  f.moderate = __builtin_fabs(f.a * sums.e) + __builtin_fabs(f.pull) < 0x1p64;
   f.base = ctx.scale * pull * base;
   f.slope = ctx.sparse ? 0.0 : ctx.scale * pull * spec.mix_a * norm;
   f.entry = ctx.scale * pull * spec.mix_a;

@@ -11,6 +11,13 @@ constexpr int64_t kPaired = 64;         // classes from which on it pays to writ
 constexpr int64_t kWide = 128;          // classes from which on it pays to add up within the sweep, row by row; ..
 constexpr int64_t kWideDense = 64;      // .. with three sums a row
 
+// What a tile asks for. Each does what those before it do, to the same bits where they suffice.
+enum class Care {
+  none,   // y is x itself
+  masks,  // scaled; a class without weight may be -inf, and 0 * (-inf) counts as 0
+  shifts  // by the rows' maxima
+};
+
 template <class X, class D, Kind kKind, bool kWeighted>
 struct ShortRows {
   using A = typename X::Acc;
@@ -19,6 +26,7 @@ struct ShortRows {
   using Elem = typename X::Elem;
   using Dense = typename D::Elem;
   static constexpr int kLane = kLanes<A>;
+  static constexpr A kLow = A(-__builtin_inf());
   static constexpr bool kBase = kKind == Kind::base, kDense = kKind == Kind::probs;
   static_assert(kPart % (4 * kLane) == 0, "parts are whole fours");
   static constexpr int64_t kPadded = kLane;  // elements behind each array of a tile
@@ -75,6 +83,8 @@ struct ShortRows {
     }
   }
 
+  static constexpr bool kSums = kDense || (kBase && kWeighted);  // of products, with q (for a base the weight)
+
   // What is added up over a row's classes: e; qy, which is w * y for a base; q.
   struct Parts {
     V e{}, qy{}, q{};
@@ -85,8 +95,8 @@ struct ShortRows {
     const Tile& tile;
     int64_t from;
 
-    SOFTCE_INLINE void given(int64_t at, V qy, V q) const {
-      if constexpr (kBase || kDense) store(tile.qy + at - from, qy);
+    SOFTCE_INLINE void given(int64_t at, V y, V q) const {
+      if constexpr (kBase || kDense) store(tile.qy + at - from, kSums ? q * y : y);
       if constexpr (kDense) store(tile.q + at - from, q);
     }
     SOFTCE_INLINE void power(V) const {}
@@ -95,8 +105,8 @@ struct ShortRows {
   struct Add {
     Parts& row;
 
-    SOFTCE_INLINE void given(int64_t, V qy, V q) const {
-      if constexpr (kBase || kDense) row.qy += qy;
+    SOFTCE_INLINE void given(int64_t, V y, V q) const {
+      if constexpr (kBase || kDense) row.qy = kSums ? fma(q, y, row.qy) : row.qy + y;
       if constexpr (kDense) row.q += q;
     }
     SOFTCE_INLINE void power(V e) const { row.e += e; }
@@ -110,38 +120,36 @@ struct ShortRows {
       row_sum += bits<V>(bits<U>(v) & mine);
       next_sum = bits<V>(bits<U>(v) & ~mine);
     }
-    SOFTCE_INLINE void given(int64_t, V qy, V q) const {
-      if constexpr (kBase || kDense) part(qy, row.qy, next.qy);
+    SOFTCE_INLINE void given(int64_t, V y, V q) const {
+      if constexpr (kBase || kDense) part(kSums ? q * y : y, row.qy, next.qy);
       if constexpr (kDense) part(q, row.q, next.q);
     }
     SOFTCE_INLINE void power(V e) const { part(e, row.e, next.e); }
   };
 
   // The first sweep: leaves e in the tile and hands the rest to a sink, vector by vector.
-  // kShifted: tile.a has the rows' shifts.
-  template <bool kShifted>
+  template <Care kCare>
   struct Sweep {
-    static constexpr bool kFours = !kShifted;  // shifted rows are rare, not worth as much code
+    static constexpr bool kFours = kCare != Care::shifts;  // those are rare, not worth as much code
     const Tile& tile;
     const Exp<A, 5>& exp;  // apart, so that what follows can stay in registers
     V scale, mix_a, mix_b;
-    V top = splat(A(-__builtin_inf()));
+    V top = splat(kLow);
 
     template <int kCount, class Sink>
     SOFTCE_INLINE void step(int64_t at, const V* x, const V* t, Sink sink) {
       V e[kCount];
       SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) {
         const int64_t to = at + i * kLane;
-        const V y = kShifted ? fma(x[i], scale, -load<V>(tile.a + to)) : x[i] * scale;
+        V y = x[i], q{};
+        if constexpr (kCare == Care::masks) y *= scale;
+        if constexpr (kCare == Care::shifts) y = fma(y, scale, -load<V>(tile.a + to));  // which has the shifts
         e[i] = y;
         top = vmax(y, top);
-        if constexpr (kDense) {
-          const V q = Write::q_of(t[i], mix_a, mix_b, tile.weight + to), product = q * y;
-          sink.given(to, q == 0 ? V{} : product, q);
-        } else if constexpr (kBase) {
-          const V w = kWeighted ? load<V>(tile.weight + to) : V{}, product = kWeighted ? w * y : y;
-          sink.given(to, kWeighted && w == 0 ? V{} : product, V{});
-        }
+        if constexpr (kDense) q = Write::q_of(t[i], mix_a, mix_b, tile.weight + to);
+        if constexpr (kBase && kWeighted) q = load<V>(tile.weight + to);
+        if constexpr (kSums && kCare != Care::none) y = (q == 0) & (y == kLow) ? V{} : y;
+        sink.given(to, y, q);
       }
       exp.template all<kCount>(e);
       SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) {
@@ -177,18 +185,21 @@ struct ShortRows {
     }
   };
 
-  // e and the sums of every row, while the tile before is written; true where the rows' maxima suit exp without a
-  // shift.
-  template <bool kShifted>
-  bool first(Tile& tile, Write& before) const {
+  // e and the sums of every row, while the tile before is written; what they turn out to ask for.
+  template <Care kCare>
+  Care first(Tile& tile, Write& before) const {
     Group<A>& g = tile.group;
     const Exp<A, 5> exp(ctx.scale, Ref{});
-    Sweep<kShifted> sweep{tile, exp, splat(A(ctx.scale)), splat(A(ctx.spec.mix_a)), splat(A(ctx.spec.mix_b))};
+    Sweep<kCare> sweep{tile, exp, splat(A(ctx.scale)), splat(A(ctx.spec.mix_a)), splat(A(ctx.spec.mix_b))};
     // Wide rows have what they add up to in one vector each.
     const bool wide = classes >= (kDense ? kWideDense : kWide);
     sweep.top = wide ? by_row(tile, sweep, before) : by_block(tile, sweep, before);
     if (wide) add_up(tile, tile.e_sums, 0, g.n, kLane);
-    return kShifted || suits<A>(g, sweep.top);
+    if (kCare != Care::shifts && !suits<A>(g, sweep.top)) return Care::shifts;
+    bool masked = false;
+    const A* const products = kBase ? g.y : g.qy;
+    for (int64_t i = 0; kSums && kCare == Care::none && i < g.n; i += kLane) masked |= any_nan(load<V>(products + i));
+    return masked ? Care::masks : kCare;
   }
 
   // The sums of rows [i, i + n), whose q and qy are at the beginning of their arrays.
@@ -252,8 +263,7 @@ struct ShortRows {
     for (int64_t i = 0; i < g.n; ++i) {
       const Elem* x = tile.x + i * classes;
       const int64_t full = classes / kLane * kLane;
-      const A low = A(-__builtin_inf());
-      V top = splat(low);
+      V top = splat(kLow);
       for (int64_t c = 0; c < full; c += kLane) {
         V in;
         X::read(x + c, &in);
@@ -261,7 +271,7 @@ struct ShortRows {
       }
       A best = A(max_of<A>(top));
       for (int64_t c = full; c < classes; ++c) best = X::to(x[c]) > best ? X::to(x[c]) : best;
-      g.shift[i] = best == low ? A(0) : best * A(ctx.scale);
+      g.shift[i] = best == kLow ? A(0) : best * A(ctx.scale);
       A* row = tile.a + i * classes;  // what lies behind the row's end is the next row's, which comes later
       for (int64_t c = 0; c < classes; c += kLane) store(row + c, splat(g.shift[i]));
     }
@@ -276,8 +286,8 @@ struct ShortRows {
     return copy;
   }
 
-  // All of a tile but its writing, which comes with the tile after it.
-  double one(Tile& tile, int64_t first_row, int64_t n, Write& before) const {
+  // All of a tile but its writing, which comes with the tile after it. `care`: what to begin with, and the next one.
+  double one(Tile& tile, int64_t first_row, int64_t n, Write& before, Care& care) const {
     Group<A>& g = tile.group;
     g.first = first_row;
     g.n = n;
@@ -286,9 +296,14 @@ struct ShortRows {
     if constexpr (kDense)
       tile.d = rows_at(ctx.target.dense, g, tile.d_copy, [&](int64_t r) { return ctx.dense_row(r); });
     for (int64_t i = 0; i < n; ++i) g.shift[i] = 0;
-    if (!first<false>(tile, before)) {
+    Care found = care == Care::none ? first<Care::none>(tile, before) : first<Care::masks>(tile, before);
+    if (found == Care::masks && care == Care::none) {
+      care = Care::masks;
+      found = first<Care::masks>(tile, before);
+    }
+    if (found == Care::shifts) {
       shift(tile);
-      first<true>(tile, before);
+      first<Care::shifts>(tile, before);
     }
     before.finish();
     const auto place_of = [&](int64_t i, int64_t c) { return i * classes + c; };
@@ -334,12 +349,13 @@ struct ShortRows {
           for (int64_t i = 0; kWeighted && i < height; ++i)
             __builtin_memcpy(weight + i * classes, ctx.weight, size_t(classes) * sizeof(A));
           Write before;
+          Care care = ctx.scale == 1 ? Care::none : Care::masks;
           int turn = 0;
           for (int64_t task = from; task < to; ++task) {
             losses[task] = 0;
             for (int64_t k = task * per_task; k < tiles && k < (task + 1) * per_task; ++k) {
               const int64_t n = (k + 1) * height < ctx.rows ? height : ctx.rows - k * height;
-              losses[task] += one(*tiles_of[turn], k * height, n, before);
+              losses[task] += one(*tiles_of[turn], k * height, n, before, care);
               if (before.waits()) turn = 1 - turn;
             }
           }

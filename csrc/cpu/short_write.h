@@ -122,7 +122,9 @@ struct ShortWriter {
       const V lanes = lane_numbers<A>();
       for (int64_t end = (r + 1) * classes; i < limit; end += classes) {
         const V a = splat(g.a[r]), pull = splat(g.pull[r]);
-        for (; i + kLane <= end && i < limit; i += kLane) write<kPast>(t, to, mix_a, mix_b, i, a, pull);
+        for (; i + 4 * kLane <= end && i < limit; i += 4 * kLane)
+          SOFTCE_UNROLL for (int k = 0; k < 4; ++k) write<kPast, true>(t, to, mix_a, mix_b, i + k * kLane, a, pull);
+        for (; i + kLane <= end && i < limit; i += kLane) write<kPast, true>(t, to, mix_a, mix_b, i, a, pull);
         if (i >= limit) break;
         if (r + 1 < g.n) ++r;
         if (i == end) continue;

@@ -133,7 +133,7 @@ struct Fast {
     const Dense* d;
     const A *e, *teacher;
     int64_t n;
-    bool stream;
+    bool stream, moderate;
 
     Finish(const Context<A>& ctx, const Piece<A>& p, const Factors& f)
         : step{splat(A(f.a)), splat(A(f.slope)), splat(A(f.base))},
@@ -142,11 +142,15 @@ struct Fast {
           e(p.e),
           teacher(p.teacher),
           n(p.n),
-          stream(ctx.call.stream && reinterpret_cast<uintptr_t>(out) % kVecBytes == 0) {}
+          stream(ctx.call.stream && reinterpret_cast<uintptr_t>(out) % kVecBytes == 0),
+          moderate(f.moderate) {}
 
     SOFTCE_INLINE void unit(int64_t i) const {
       V g[NV];
       step.unit(e + i, teacher + i, d + i, kUnit, g);
+      if constexpr (X::kModerate) {
+        if (moderate) return X::write_moderate(out + i, g, stream);
+      }
       if (stream) {
         X::write_stream(out + i, g);
       } else {
