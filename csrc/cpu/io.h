@@ -18,8 +18,8 @@ SOFTCE_INLINE U32V round_bf16(F32V v) {
 // v with the digits of a bfloat16, rounded as round_bf16 does, for |v| < 2^111: at 65536 v a float has its last digit
 // where v has that of a bfloat16, so 65535 v is rounded there, and what is between them is v as it was rounded (after
 // T. J. Dekker, "A floating-point technique for extending the available precision", 1971, who takes 65537 v, which
-// has a digit less for v next to a power of two). Half the work; but larger numbers become inf, an infinity nan, and
-// numbers too small for float32's normal ones keep digits that a bfloat16 has no place for.
+// has a digit less for v next to a power of two). Half the work of round_bf16; but larger numbers become an infinity of
+// either sign, an infinity nan and -0 becomes 0, and a subnormal number keeps digits that are cut, not rounded.
 SOFTCE_INLINE F32V moderate_to_bf16(F32V v) { return fma(v, splat(65536.0f), -(v * 65535.0f)); }
 
 SOFTCE_INLINE HalfV narrow_bf16(F32V v) {
@@ -137,19 +137,28 @@ struct BF16Pairs {
     return (even >> 16) | (odd & 0xffff0000u);
 #endif
   }
+  // Whether there is a shorter way for moderate numbers. Only where fma is no operator of the language: compilers fuse
+  // those as they like, and a product that is not rounded leaves nothing of the rounding.
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+  static constexpr bool kModerate = true;
+#else
+  static constexpr bool kModerate = false;
+#endif
   // What the kernels write here is nan only where its operands were bfloat16 nans or a quiet one of our own, and none
   // of those has bits that rounding could carry out of.
-  static SOFTCE_INLINE void write(Elem* p, const V* v) { store(p, pack<false>(v)); }
-  static SOFTCE_INLINE void write_stream(Elem* p, const V* v) { stream(p, pack<false>(v)); }
-#if defined(__AVX512BF16__)
-  static constexpr bool kModerate = false;
-#else
-  static constexpr bool kModerate = true;  // whether there is a shorter way for moderate numbers
-  static SOFTCE_INLINE void write_moderate(Elem* p, const V* v, bool past) {
-    const U32V packed = in_turns(bits<U32V>(moderate_to_bf16(v[0])), bits<U32V>(moderate_to_bf16(v[1])));
-    past ? stream(p, packed) : store(p, packed);
+  template <bool kIsModerate>
+  static SOFTCE_INLINE U32V packed(const V* v) {
+    if constexpr (!kIsModerate) return pack<false>(v);
+    return in_turns(bits<U32V>(moderate_to_bf16(v[0])), bits<U32V>(moderate_to_bf16(v[1])));
   }
-#endif
+  template <bool kIsModerate = false>
+  static SOFTCE_INLINE void write(Elem* p, const V* v) {
+    store(p, packed<kIsModerate>(v));
+  }
+  template <bool kIsModerate = false>
+  static SOFTCE_INLINE void write_stream(Elem* p, const V* v) {
+    stream(p, packed<kIsModerate>(v));
+  }
   static Elem from(float x) { return BF16::from(x); }
   static float to(Elem x) { return BF16::to(x); }
   static constexpr int kPairs = kLanes<float>;

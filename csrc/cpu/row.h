@@ -199,7 +199,8 @@ struct Factors {
   double a = 0, b = 0, slope = 0, base = 0, entry = 0;
   double pull = 0;    // of which slope, base and entry are parts
   bool zero = false;  // the gradient is an exact 0
-  // It is far from float32's largest numbers (where no weight or target beyond 1e13 meets a factor of as much).
+  // All classes' part of it, and what a target is multiplied by, are below 2^64: it is then below 2^111 unless weights
+  // and targets beyond 1e13 cancel in the sum over the classes.
   bool moderate = false;
 };
 

@@ -11,7 +11,8 @@ constexpr int64_t kPaired = 64;         // classes from which on it pays to writ
 constexpr int64_t kWide = 128;          // classes from which on it pays to add up within the sweep, row by row; ..
 constexpr int64_t kWideDense = 64;      // .. with three sums a row
 
-// What a tile asks for. Each does what those before it do, to the same bits where they suffice.
+// What a tile asks for. Each does what those before it do. Where none suffices masks gives the same bits, so that it
+// does not show what a thread had to do before.
 enum class Care {
   none,   // y is x itself
   masks,  // scaled; a class without weight may be -inf, and 0 * (-inf) counts as 0
@@ -83,9 +84,9 @@ struct ShortRows {
     }
   }
 
-  static constexpr bool kSums = kDense || (kBase && kWeighted);  // of products, with q (for a base the weight)
+  static constexpr bool kProducts = kDense || (kBase && kWeighted);  // of y; with q, or for a base with the weight
 
-  // What is added up over a row's classes: e; qy, which is w * y for a base; q.
+  // What is added up over a row's classes: e; qy, which is w * y for a base, without weights y; q.
   struct Parts {
     V e{}, qy{}, q{};
   };
@@ -96,7 +97,7 @@ struct ShortRows {
     int64_t from;
 
     SOFTCE_INLINE void given(int64_t at, V y, V q) const {
-      if constexpr (kBase || kDense) store(tile.qy + at - from, kSums ? q * y : y);
+      if constexpr (kBase || kDense) store(tile.qy + at - from, kProducts ? q * y : y);
       if constexpr (kDense) store(tile.q + at - from, q);
     }
     SOFTCE_INLINE void power(V) const {}
@@ -106,7 +107,7 @@ struct ShortRows {
     Parts& row;
 
     SOFTCE_INLINE void given(int64_t, V y, V q) const {
-      if constexpr (kBase || kDense) row.qy = kSums ? fma(q, y, row.qy) : row.qy + y;
+      if constexpr (kBase || kDense) row.qy = kProducts ? fma(q, y, row.qy) : row.qy + y;
       if constexpr (kDense) row.q += q;
     }
     SOFTCE_INLINE void power(V e) const { row.e += e; }
@@ -121,13 +122,13 @@ struct ShortRows {
       next_sum = bits<V>(bits<U>(v) & ~mine);
     }
     SOFTCE_INLINE void given(int64_t, V y, V q) const {
-      if constexpr (kBase || kDense) part(kSums ? q * y : y, row.qy, next.qy);
+      if constexpr (kBase || kDense) part(kProducts ? q * y : y, row.qy, next.qy);
       if constexpr (kDense) part(q, row.q, next.q);
     }
     SOFTCE_INLINE void power(V e) const { part(e, row.e, next.e); }
   };
 
-  // The first sweep: leaves e in the tile and hands the rest to a sink, vector by vector.
+  // The first sweep: leaves e in the tile and hands the rest to a sink, vector by vector. The shifts are in tile.a.
   template <Care kCare>
   struct Sweep {
     static constexpr bool kFours = kCare != Care::shifts;  // those are rare, not worth as much code
@@ -143,12 +144,12 @@ struct ShortRows {
         const int64_t to = at + i * kLane;
         V y = x[i], q{};
         if constexpr (kCare == Care::masks) y *= scale;
-        if constexpr (kCare == Care::shifts) y = fma(y, scale, -load<V>(tile.a + to));  // which has the shifts
+        if constexpr (kCare == Care::shifts) y = fma(y, scale, -load<V>(tile.a + to));
         e[i] = y;
         top = vmax(y, top);
         if constexpr (kDense) q = Write::q_of(t[i], mix_a, mix_b, tile.weight + to);
         if constexpr (kBase && kWeighted) q = load<V>(tile.weight + to);
-        if constexpr (kSums && kCare != Care::none) y = (q == 0) & (y == kLow) ? V{} : y;
+        if constexpr (kProducts && kCare != Care::none) y = (q == 0) & (y == kLow) ? V{} : y;
         sink.given(to, y, q);
       }
       exp.template all<kCount>(e);
@@ -198,7 +199,8 @@ struct ShortRows {
     if (kCare != Care::shifts && !suits<A>(g, sweep.top)) return Care::shifts;
     bool masked = false;
     const A* const products = kBase ? g.y : g.qy;
-    for (int64_t i = 0; kSums && kCare == Care::none && i < g.n; i += kLane) masked |= any_nan(load<V>(products + i));
+    const bool wanted = kProducts && kCare == Care::none && ctx.call.op != Op::grad;
+    for (int64_t i = 0; wanted && i < g.n; i += kLane) masked |= any_nan(load<V>(products + i));
     return masked ? Care::masks : kCare;
   }
 
@@ -286,7 +288,8 @@ struct ShortRows {
     return copy;
   }
 
-  // All of a tile but its writing, which comes with the tile after it. `care`: what to begin with, and the next one.
+  // All of a tile but its writing, which comes with the tile after it. care: what to begin with; then what the next
+  // tile is to begin with.
   double one(Tile& tile, int64_t first_row, int64_t n, Write& before, Care& care) const {
     Group<A>& g = tile.group;
     g.first = first_row;
@@ -296,9 +299,9 @@ struct ShortRows {
     if constexpr (kDense)
       tile.d = rows_at(ctx.target.dense, g, tile.d_copy, [&](int64_t r) { return ctx.dense_row(r); });
     for (int64_t i = 0; i < n; ++i) g.shift[i] = 0;
-    Care found = care == Care::none ? first<Care::none>(tile, before) : first<Care::masks>(tile, before);
-    if (found == Care::masks && care == Care::none) {
-      care = Care::masks;
+    Care found = care == Care::none ? first<Care::none>(tile, before) : care;
+    if (found == Care::masks) {
+      care = found;
       found = first<Care::masks>(tile, before);
     }
     if (found == Care::shifts) {

@@ -99,7 +99,7 @@ struct ShortWriter {
     }
   }
 
-  // Writes all vectors that begin before `limit`.
+  // Writes all vectors that begin before `limit`, and up to three more of their row.
   template <bool kPast>
   void up_to(int64_t limit) {
     // Copies of what a store might have changed, for all that the compiler knows.

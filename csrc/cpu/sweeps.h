@@ -149,7 +149,7 @@ struct Fast {
       V g[NV];
       step.unit(e + i, teacher + i, d + i, kUnit, g);
       if constexpr (X::kModerate) {
-        if (moderate) return X::write_moderate(out + i, g, stream);
+        if (moderate) return stream ? X::template write_stream<true>(out + i, g) : X::template write<true>(out + i, g);
       }
       if (stream) {
         X::write_stream(out + i, g);
