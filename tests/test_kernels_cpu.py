@@ -319,7 +319,7 @@ def test_a_masked_class_changes_no_bit_of_other_rows(
     if target.dense is not None:
         target.dense[rows // 4, 3] = 0
     spec = spec_for(kind, classes, mix_a=0.9, mix_b=0.1 / classes) if weighted else spec_for(kind, classes)
-    loss, want, stats = fused_of(x, target, spec, mean=False)
+    _, want, stats = fused_of(x, target, spec, mean=False)
     x[rows // 4, 3] = -INF
     if target.index is not None:
         target.index[rows // 4] = 5
