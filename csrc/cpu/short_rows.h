@@ -44,44 +44,57 @@ struct ShortRows {
   using Tile = ShortTile<X, D>;
   using Write = ShortWriter<X, D, kKind, kWeighted>;
 
-  // The sums of `length` values for whole vectors of rows, each row kWhole vectors and a part of another long, in the
+  // The sum of `length` values for whole vectors S of rows, each row kWhole of them and a part of another long, in the
   // order of `sums`, which asks at each row whether it is the last; how many rows those are.
-  template <int kWhole>
-  static int64_t sums_of(const A* values, int64_t n, int64_t length, U tail, A* to) {
-    V s[kLane];
+  template <class S, int kWhole, class Bits>
+  static int64_t sums_of(const A* values, int64_t n, int64_t length, Bits tail, A* to) {
+    constexpr int kCount = sizeof(S) / sizeof(A);
+    S s[kCount];
     int64_t i = 0;
-    for (; i + kLane <= n; i += kLane) {
+    for (; i + kCount <= n; i += kCount) {
       const A* p = values + i * length;
-      SOFTCE_UNROLL for (int k = 0; k < kLane; ++k, p += length) {
-        const V last = bits<V>(bits<U>(load<V>(p + kWhole * kLane)) & tail);
-        s[k] = kWhole == 0 ? last : load<V>(p);
-        SOFTCE_UNROLL for (int c = 1; c < kWhole; ++c) s[k] += load<V>(p + c * kLane);
+      SOFTCE_UNROLL for (int k = 0; k < kCount; ++k, p += length) {
+        const S last = bits<S>(bits<Bits>(load<S>(p + kWhole * kCount)) & tail);
+        s[k] = kWhole == 0 ? last : load<S>(p);
+        SOFTCE_UNROLL for (int c = 1; c < kWhole; ++c) s[k] += load<S>(p + c * kCount);
         if constexpr (kWhole > 0) s[k] += last;
       }
-      store(to + i, add_each<A>(s));
+      store(to + i, add_each<S, kCount>(s));
     }
     return i;
   }
 
-  // The sum of `length` values for every row. Behind the last row of a vector stands its sum again.
-  static void sums(const A* values, int64_t n, int64_t length, A* to) {
-    const int64_t whole = length / kLane * kLane;
-    const U tail = (U)(lane_numbers<A>() < splat(A(length - whole)));
-    int64_t i = whole == 0           ? sums_of<0>(values, n, length, tail, to)
-                : whole == kLane     ? sums_of<1>(values, n, length, tail, to)
-                : whole == 2 * kLane ? sums_of<2>(values, n, length, tail, to)
-                                     : 0;
-    V s[kLane];
-    for (; i < n; i += kLane) {
-      const A* p = values + i * length;
-      SOFTCE_UNROLL for (int k = 0; k < kLane; ++k) {
-        s[k] = V{};
-        for (int64_t c = 0; c < whole; c += kLane) s[k] += load<V>(p + c);
-        if (whole < length) s[k] += bits<V>(bits<U>(load<V>(p + whole)) & tail);
-        p += i + k + 1 < n ? length : 0;
+  // For every row; behind the last one, up to the end of a vector V, its sum again. Not inlined: the sweep before it
+  // would keep fewer of its own numbers in registers.
+  template <class S>
+  static __attribute__((noinline)) void sums(const A* values, int64_t n, int64_t length, A* to) {
+    using Bits = decltype(S{} == S{});
+    constexpr int kCount = sizeof(S) / sizeof(A);
+    const int64_t whole = length / kCount * kCount;
+    S numbers;
+    for (int k = 0; k < kCount; ++k) numbers[k] = A(k);
+    const Bits tail = numbers < S{} + A(length - whole);
+    int64_t i = whole == 0            ? sums_of<S, 0>(values, n, length, tail, to)
+                : whole == kCount     ? sums_of<S, 1>(values, n, length, tail, to)
+                : whole == 2 * kCount ? sums_of<S, 2>(values, n, length, tail, to)
+                                      : 0;
+    S s[kCount];
+    const int64_t end = (n + kLane - 1) / kLane * kLane;
+    for (; i < end; i += kCount) {
+      SOFTCE_UNROLL for (int k = 0; k < kCount; ++k) {
+        const A* p = values + (i + k < n ? i + k : n - 1) * length;
+        s[k] = S{};
+        for (int64_t c = 0; c < whole; c += kCount) s[k] += load<S>(p + c);
+        if (whole < length) s[k] += bits<S>(bits<Bits>(load<S>(p + whole)) & tail);
       }
-      store(to + i, add_each<A>(s));
+      store(to + i, add_each<S, kCount>(s));
     }
+  }
+
+  // Narrow rows would leave most of a wide vector empty.
+  static void sums(const A* values, int64_t n, int64_t length, A* to) {
+    if (kVecBytes == 64 && length <= kLane) return sums<typename VecOf<A>::Half>(values, n, length, to);
+    sums<V>(values, n, length, to);
   }
 
   static constexpr bool kProducts = kDense || (kBase && kWeighted);  // of y; with q, or for a base with the weight

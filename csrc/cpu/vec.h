@@ -25,19 +25,23 @@ typedef double F64V __attribute__((vector_size(kVecBytes)));
 typedef int64_t I64V __attribute__((vector_size(kVecBytes)));
 typedef uint64_t U64V __attribute__((vector_size(kVecBytes)));
 typedef uint16_t HalfV __attribute__((vector_size(kVecBytes / 2)));  // as many as F32V has floats
+typedef float HalfF32V __attribute__((vector_size(kVecBytes / 2)));
+typedef double HalfF64V __attribute__((vector_size(kVecBytes / 2)));
 
-// The vector of an accumulation type, float or double, and its bits.
+// The vector of an accumulation type, float or double, its bits, and a vector half as wide.
 template <class A>
 struct VecOf;
 template <>
 struct VecOf<float> {
   using V = F32V;
   using U = U32V;
+  using Half = HalfF32V;
 };
 template <>
 struct VecOf<double> {
   using V = F64V;
   using U = U64V;
+  using Half = HalfF64V;
 };
 template <class A>
 constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(A));
@@ -200,14 +204,14 @@ struct LanesOf<0, kLane...> {
 };
 
 // One step of add_each: lanes whose kHalf bit is clear take a's lane and the one kHalf behind it, the others b's.
-template <class A, int kHalf, class V, int... kLane>
+template <int kHalf, class V, int... kLane>
 SOFTCE_INLINE V add_halves(V a, V b, Lanes<kLane...>) {
   constexpr int kCount = sizeof...(kLane);
 #if defined(__clang__)
   const V own = __builtin_shufflevector(a, b, ((kLane & kHalf) ? kCount + kLane : kLane)...);
   const V other = __builtin_shufflevector(a, b, ((kLane & kHalf) ? kCount + kLane - kHalf : kLane + kHalf)...);
 #else
-  using U = typename VecOf<A>::U;
+  using U = decltype(a == b);
   const V own = __builtin_shuffle(a, b, U{((kLane & kHalf) ? kCount + kLane : kLane)...});
   const V other = __builtin_shuffle(a, b, U{((kLane & kHalf) ? kCount + kLane - kHalf : kLane + kHalf)...});
 #endif
@@ -215,18 +219,17 @@ SOFTCE_INLINE V add_halves(V a, V b, Lanes<kLane...>) {
 }
 
 // As many vectors as they have lanes: lane k of the result is the sum of v[k]'s lanes. Destroys v.
-template <class A, int kHalf = kLanes<A> / 2>
-SOFTCE_INLINE typename VecOf<A>::V add_each(typename VecOf<A>::V* v) {
-  for (int i = 0; i < kHalf; ++i) v[i] = add_halves<A, kHalf>(v[i], v[i + kHalf], typename LanesOf<kLanes<A>>::Type());
-  if constexpr (kHalf > 1) return add_each<A, kHalf / 2>(v);
+template <class V, int kLane, int kHalf = kLane / 2>
+SOFTCE_INLINE V add_each(V* v) {
+  for (int i = 0; i < kHalf; ++i) v[i] = add_halves<kHalf>(v[i], v[i + kHalf], typename LanesOf<kLane>::Type());
+  if constexpr (kHalf > 1) return add_each<V, kLane, kHalf / 2>(v);
   return v[0];
 }
 
 // A vector in double, its two halves added.
 SOFTCE_INLINE F64V to_double(F64V v) { return v; }
 SOFTCE_INLINE F64V to_double(F32V v) {
-  typedef float Half __attribute__((vector_size(kVecBytes / 2)));
-  Half halves[2];
+  HalfF32V halves[2];
   __builtin_memcpy(halves, &v, sizeof(v));
   return __builtin_convertvector(halves[0], F64V) + __builtin_convertvector(halves[1], F64V);
 }
