@@ -95,11 +95,13 @@ wheel: $(STAMP)/torch-$(TORCH)
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 # The tests are copied: beside the sources, Python would import the package from there instead of the wheel's.
+# The interpreter of torch 2.11's Triton does not go with a later NumPy.
+SECOND_NUMPY ?= "numpy<2.4"
 SECOND := build/torch-$(TORCH2)
 test-second-torch: wheel
 	test -e $(SECOND)/venv/ready || { $(PYTHON) -m venv $(SECOND)/venv && \
 	  $(SECOND)/venv/bin/python -m pip install --quiet torch==$(TORCH2) && touch $(SECOND)/venv/ready; }
-	$(SECOND)/venv/bin/python -m pip install --quiet "$$(ls dist/softce-*.whl)[test]"
+	$(SECOND)/venv/bin/python -m pip install --quiet "$$(ls dist/softce-*.whl)[test]" $(SECOND_NUMPY)
 	$(SECOND)/venv/bin/python -m pip install --quiet --no-deps --force-reinstall dist/softce-*.whl
 	rm -rf $(SECOND)/tree && mkdir -p $(SECOND)/tree && cp -r tests bench docs csrc README.md pyproject.toml $(SECOND)/tree
 	cd $(SECOND)/tree && ../venv/bin/python -m softce info && ../venv/bin/python $(PYTEST) $(PYTEST_ARGS)

@@ -100,11 +100,15 @@ ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] 
 }
 
 
+# What older releases of torch raise instead: softce raises what 2.13 does.
+BEFORE_2_13 = {"unbatched regression targets": ValueError} if torch.__version__ < (2, 13) else {}
+
+
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(name: str, options: softce.Options) -> None:
     """The type that torch raises for the same call, and a message that says what is wrong."""
     args, kwargs, kind, message = ERRORS[name]
-    with pytest.raises(kind):
+    with pytest.raises(BEFORE_2_13.get(name, kind)):
         F.cross_entropy(*args, **kwargs).backward()
     for more in ({"options": options}, {}):
         with pytest.raises(kind, match=message):

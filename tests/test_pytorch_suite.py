@@ -243,6 +243,8 @@ def test_module_noncontiguous_inputs(way: Way) -> None:
 
 
 def test_module_errors(way: Way) -> None:
+    if MODULE.module_error_inputs_func is None:
+        pytest.skip("this torch has no error inputs for CrossEntropyLoss")
     errors = MODULE.module_error_inputs_func(
         MODULE, device="cpu", dtype=torch.float32, requires_grad=False, training=False
     )

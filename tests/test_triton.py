@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from interpreter import environment, skip_where_broken
 
 HERE = Path(__file__).resolve()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,39 +27,23 @@ WITHOUT = next((name for name in ("triton", "numpy") if importlib.util.find_spec
 if WITHOUT:
     pytest.skip(f"{WITHOUT} is not installed", allow_module_level=True)
 
-PROBE = """
-import torch, triton, triton.language as tl
-@triton.jit
-def kernel(x, n):
-    total = tl.zeros([4], tl.float32)
-    for i in range(n):
-        total += tl.load(x + tl.arange(0, 4))
-    tl.store(x + tl.arange(0, 4), total)
-x = torch.ones(4)
-kernel[(1,)](x, 3)
-assert x.tolist() == [3.0] * 4
-"""
-
-
-def _interpreter_environment() -> dict[str, str]:
-    return {**os.environ, "TRITON_INTERPRET": "1", "SOFTCE_LIBRARY": os.devnull + "/none", "PYTHONWARNINGS": "ignore"}
-
-
 if not INTERPRETED:
 
     def test_in_the_interpreter(request: pytest.FixtureRequest, tmp_path: Path) -> None:
         """Runs this file again, interpreted."""
-        probe = tmp_path / "probe.py"
-        probe.write_text(PROBE)
-        environment = _interpreter_environment()
-        broken = subprocess.run([sys.executable, probe], env=environment, capture_output=True, text=True)
-        if broken.returncode:
-            pytest.skip(f"this Triton's interpreter does not work here: {broken.stderr.strip().splitlines()[-1]}")
+        skip_where_broken(tmp_path)
+        library = os.devnull + "/none"
         command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-x", "-p", "no:cacheprovider", str(HERE)]
         expression = request.config.getoption("markexpr")
         if expression:
             command += ["-m", expression]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1])
+        result = subprocess.run(
+            command,
+            env={**environment(), "SOFTCE_LIBRARY": library},
+            capture_output=True,
+            text=True,
+            cwd=HERE.parents[1],
+        )
         assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
         passed = re.search(r"(\d+) passed", result.stdout)
         assert passed and int(passed[1]) > 100, result.stdout[-500:]

@@ -166,7 +166,9 @@ def problem(
     acc = acc_dtype(logits.dtype)
     return Problem(
         _block(logits),
-        k.Target(index, target.value, target.rest, None if dense is None else _block(dense), target.weight),
+        k.Target(
+            index, target.value, target.rest, *((None, 0, 0) if dense is None else _block(dense)), target.weight
+        ),
         *_scalars(spec, scale, acc),
         k.Sizes(logits.shape[0], logits.shape[1], logits.shape[2] if planes else 1, entries, ignore_index),
         sum(flag.value for flag, on in flags.items() if on),

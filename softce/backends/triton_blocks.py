@@ -27,12 +27,17 @@ class Block(NamedTuple):
 
 
 class Target(NamedTuple):
-    """csrc/softce.h: Target. index (R, K), value (R, K), rest (R,), dense a Block, weight (C,)."""
+    """csrc/softce.h: Target. index (R, K), value (R, K), rest (R,), weight (C,), and the fields of a Block: dense.
+
+    They are not a Block: inside loops Triton 3.6 loses what is constant, a stride of 1 say, in a tuple within a tuple.
+    """
 
     index: Any
     value: Any
     rest: Any
     dense: Any
+    dense_batch_stride: Any
+    dense_class_stride: Any
     weight: Any
 
 
@@ -153,7 +158,7 @@ def load_t(target, spot, c, here, v, FLAGS: tl.constexpr, ACC: tl.constexpr, EVI
     """A dense target's values; teacher logits are divided by their temperature. 0 without a dense target."""
     t = tl.zeros([1, 1], ACC)
     if target.dense is not None:
-        at = addresses(spot, c, target.dense.class_stride, FLAGS)
+        at = addresses(spot, c, target.dense_class_stride, FLAGS)
         if TEACHER & FLAGS:
             t = tl.load(at, mask=here, other=float("-inf"), eviction_policy=EVICT).to(ACC) * v.dense_scale
         else:
@@ -202,7 +207,8 @@ def locate(tile, logits, out, target, sizes, FLAGS: tl.constexpr, ROWS: tl.const
     if out is not None:
         at_out = spot_of(out, b, i, s, FLAGS)
     if target.dense is not None:
-        at_dense = spot_of(target.dense, b, i, s, FLAGS)
+        dense = Block(target.dense, target.dense_batch_stride, target.dense_class_stride)
+        at_dense = spot_of(dense, b, i, s, FLAGS)
     return Place(row, here, at, at_out, at_dense)
 
 
