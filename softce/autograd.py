@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.compiler import is_compiling
 
 from . import ops, reference
 from .backends.gpu import scale_
@@ -43,7 +45,7 @@ class Call(NamedTuple):
 def transform_active() -> bool:
     """True under forward-mode AD or a ``torch.func`` transform, where only plain torch operations are right."""
     # A tracer reads the level to guard on it: a graph made outside of forward-mode AD is not for use within.
-    if torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+    if is_compiling() and torch.autograd.forward_ad._current_level >= 0:
         return True
     return within_transform()
 
@@ -113,7 +115,7 @@ def _stats_vjp(
     if inplace:
         ops.row_grad_(*arguments)
         torch.autograd.graph.increment_version(logits)
-        _forbid_reuse(logits)
+        forbid_reuse(logits)
         found = logits.detach()
     else:
         found = ops.row_grad(*arguments)
@@ -146,7 +148,7 @@ def _restore(ctx: Any) -> tuple[Tensor, Call, tuple[Tensor | None, ...]]:
     target = KernelTarget(*rest[:5])
     if target.index is not None and target.index.dim() == 1:  # only the CPU's operators take (R,) for (R, 1)
         target = target._replace(index=target.index.unsqueeze(1))
-    return logits, Call(target, ctx.ignore_index, ctx.spec), tuple(rest[5:])
+    return logits, Call(target, ctx.ignore_index, Spec(*ctx.spec)), tuple(rest[5:])
 
 
 # The operator carries its own derivative, for compiled graphs and for whoever calls it directly.
@@ -193,7 +195,7 @@ def row_stats(logits: Tensor, call: Call, extras: bool, inplace: bool = False) -
             raise RuntimeError("Options(inplace=True): the target must not require grad, it is read after the logits")
         return _InplaceRowStats.apply(logits, call, extras)  # type: ignore[no-any-return]
     arguments = (logits, *call.target, call.ignore_index, call.spec, extras)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _any_requires_grad(logits, call.target)):
+    if is_compiling() or (torch.is_grad_enabled() and _any_requires_grad(logits, call.target)):
         return ops.row_stats(*arguments)  # type: ignore[no-any-return]
     # The operator's derivative lives in Python; where nothing needs it, going below it spares small inputs that visit.
     with torch._C._AutoDispatchBelowAutograd():
@@ -204,7 +206,9 @@ def _any_requires_grad(logits: Tensor, target: KernelTarget) -> bool:
     return logits.requires_grad or any(t is not None and t.requires_grad for t in target)
 
 
-_Packed = tuple[Call, Tensor | None, bool, bool, bool, torch.dtype | None]
+# Target, ignore_index and spec (a Call's fields), row_weight, mean, extras, inplace, dtype. Plain tuples: at a few rows
+# of a few classes each named one that is made, or handed to an operator, is felt.
+_Packed = tuple[tuple[Tensor | None, ...], int, tuple[float, ...], Tensor | None, bool, bool, bool, torch.dtype | None]
 
 
 class _Fused(torch.autograd.Function):
@@ -212,18 +216,20 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, packed: _Packed) -> Tensor | tuple[Tensor, Tensor]:
-        call, row_weight, mean, extras, inplace, dtype = packed
-        arguments = (logits, *call.target, row_weight, call.ignore_index, call.spec, mean, extras)
+        target, ignore_index, spec, row_weight, mean, extras, inplace, dtype = packed
         ctx.set_materialize_grads(False)
         if inplace:
-            loss, stats = ops.row_fused_(*arguments)
+            loss, stats = ops.row_fused_(logits, *target, row_weight, ignore_index, spec, mean, extras)
             torch.autograd.graph.increment_version(logits)
             ctx.dlogits = logits.detach()
         else:
             # Without extras backward needs them where half precision is to be rounded once; what else asks is rare.
             want_stats = extras or logits.dtype.itemsize <= 2
-            loss, ctx.dlogits, stats = ops.row_fused(*arguments, want_stats)
-            _save(ctx, logits, call, row_weight, stats if want_stats else None)
+            loss, ctx.dlogits, stats = ops.row_fused(
+                logits, *target, row_weight, ignore_index, spec, mean, extras, want_stats
+            )
+            ctx.save_for_backward(logits, *target, row_weight, stats if want_stats else None)
+            ctx.ignore_index, ctx.spec = ignore_index, spec
         ctx.mean, ctx.extras, ctx.inplace = mean, extras, inplace
         if dtype is not None and loss.dtype is not dtype:
             loss = loss.to(dtype)
@@ -267,9 +273,9 @@ def _scaled(dlogits: Tensor, g_loss: Tensor, factor: float | None) -> Tensor:
 
 def is_batched(grad: Tensor | None) -> bool:
     """True for gradients under ``torch.func`` or ``autograd.grad(is_grads_batched=True)``: they have no one value."""
-    if torch.compiler.is_compiling():  # compiled autograd cannot trace the question about the gradient
+    if is_compiling():  # compiled autograd cannot trace the question about the gradient
         return transform_active()
-    return within_transform() or (grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad))
+    return within_transform() or (grad is not None and is_legacy_batchedtensor(grad))
 
 
 def _exact(factor: float, dtype: torch.dtype) -> bool:
@@ -332,9 +338,12 @@ class _Late(torch.autograd.Function):
 
 
 # Straight to the C++ apply: Python's own looks for functorch wrappers first, which these losses never meet
-# (dispatch.py), and at a few rows of a few classes that look is a tenth of the whole call.
-_apply_fused = super(torch.autograd.Function, _Fused).apply
+# (dispatch.py), and at a few rows of a few classes that look is a tenth of the whole call. Straight back as well: what
+# the engine calls would ask which of its methods a Function has.
+apply_fused = super(torch.autograd.Function, _Fused).apply
 _apply_late = super(torch.autograd.Function, _Late).apply
+for _function in (_Fused, _Late):
+    _function._backward_cls.apply = _function.backward  # type: ignore[attr-defined]
 
 
 def late_loss(
@@ -360,13 +369,15 @@ def fused_loss(
     With ``inplace`` the logits hold their gradient afterwards. Their autograd history then ends in a node that raises
     when a gradient comes through it, so a later use cannot be wrong in silence.
     """
-    made = _apply_fused(logits, (call, row_weight, mean, extras, inplace, dtype))
+    made = apply_fused(
+        logits, (call.target, call.ignore_index, tuple(call.spec), row_weight, mean, extras, inplace, dtype)
+    )
     if inplace:
-        _forbid_reuse(logits)
+        forbid_reuse(logits)
     return made if extras else (made, None)
 
 
-def _forbid_reuse(logits: Tensor) -> None:
+def forbid_reuse(logits: Tensor) -> None:
     """End the history of ``logits``, which hold their gradient, in a node that raises."""
     if logits.grad_fn is not None and (logits._base is None or not logits._base.is_leaf):
         with torch.enable_grad():

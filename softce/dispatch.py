@@ -7,13 +7,15 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch._C import _is_tracing, _len_torch_dispatch_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_compiling
 
 from . import backends
 from .autograd import transform_active
 from .options import Options
-from .validate import traced, within_transform
+from .validate import within_transform
 
 PLAIN = (Tensor, torch.nn.Parameter)
 TRACED = (FakeTensor, FunctionalTensor)  # what tracers pass: they record the operators
@@ -24,14 +26,14 @@ _FOR_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "meta": ("cpu",)}
 
 def is_plain(x: Tensor) -> bool:
     """True for an ordinary tensor outside any tracing: its data may be looked at and its memory written."""
-    return type(x) in PLAIN and not traced() and torch._C._len_torch_dispatch_stack() == 0
+    return type(x) in PLAIN and not is_compiling() and not _is_tracing() and _len_torch_dispatch_stack() == 0
 
 
 def reasons_against_kernels(x: Tensor) -> list[str]:
     """Why no kernel can take logits like ``x``; empty if one can."""
     if transform_active():
         return ["a forward-mode AD level or torch.func transform is active"]
-    if type(x) not in PLAIN and not isinstance(x, TRACED) and not torch.compiler.is_compiling():
+    if type(x) not in PLAIN and not isinstance(x, TRACED) and not is_compiling():
         return [f"no kernel for the tensor subclass {type(x).__name__}"]
     device = x.device.type
     if device == "meta":

@@ -4,25 +4,24 @@
 float32 and half precision, class indices and probabilities, row losses that the kernels know; the gradient in place but
 for float16.
 
-At a few rows of a few classes the arithmetic is nothing and every Python object on the way is felt. This way makes
-none of those that the general one needs. It only decides whether it can take a call; what it cannot take, errors
-included, is the general way's.
+At a few rows of a few classes the arithmetic is nothing, and every Python object and every question on the way is felt.
+This way makes none of those objects that the general one needs and asks nothing twice. It only decides whether it can
+take a call; what it cannot take, errors included, is the general way's.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, bfloat16, float16, float32, int64, is_grad_enabled
 
-from .autograd import Call, fused_loss, late_loss, reraise
+from .autograd import Call, apply_fused, forbid_reuse, late_loss, reraise
 from .dispatch import cpu_kernels, is_plain
-from .ops import KernelTarget
+from .ops import KernelTarget, Spec
 from .options import DEFAULT, Options
 from .row_losses import RowLoss
-from .settings import cached_spec, default_loss_dtype
+from .settings import cached_scalars, default_loss_dtype
 from .validate import check_logits, check_probabilities, find_nan, may_be_probabilities
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (float32, bfloat16, float16)
 
 
 def quick_loss(
@@ -42,17 +41,15 @@ def quick_loss(
     :func:`softce.cross_entropy` takes them.
     """
     if (
-        not is_plain(input)
-        or type(target) is not Tensor
-        or input.dtype not in _DTYPES
+        type(target) is not Tensor
+        or not is_plain(input)
         or not (input.is_cpu and target.is_cpu)
         or not input.requires_grad
-        or not torch.is_grad_enabled()
+        or not is_grad_enabled()
         or reduction == "none"
         or type(ignore_index) is not int
         or type(label_smoothing) is not float
         or not label_smoothing >= 0.0
-        or input.dim() != 2
         or not (row_loss is None or (isinstance(row_loss, RowLoss) and row_loss.class_factor is None))
     ):
         return None
@@ -60,41 +57,49 @@ def quick_loss(
         options = DEFAULT
     elif type(options) is not Options or options.backend != "auto":
         return None
-    if options.inplace and input.dtype is torch.float16:
+    shape, dtype = input.shape, input.dtype
+    if len(shape) != 2 or dtype not in _DTYPES or (dtype is float16 and options.inplace):
         return None
-    in_form = _kernel_target(input, target, ignore_index)
-    if in_form is None or not cpu_kernels():
+    # The target as the operator takes it, if it need not be brought into that form first.
+    rows, classes = shape
+    if classes < 2 or not _rows_of_classes(input):
+        return None
+    if target.dtype is int64:
+        if target.dim() != 1 or target.numel() != rows or not target.is_contiguous():
+            return None
+        in_form: tuple[Tensor | None, ...] = (target, None, None, None, None)
+    else:
+        plain = target.dtype is dtype and target.shape == shape and _rows_of_classes(target)
+        if not plain or ignore_index >= 0 or target.requires_grad:
+            return None
+        in_form = (None, None, None, target, None)
+    if not cpu_kernels():
         return None
     if options.validate:
-        if may_be_probabilities(input):
+        if may_be_probabilities(input, classes, 1):
             check_logits(input)
-        if in_form.dense is not None:
+        if in_form[0] is None:
             check_probabilities(target)
     try:
-        spec = cached_spec(input.shape[1], label_smoothing, *settings, row_loss, 0, 1.0, 1.0, empty)
+        scalars = cached_scalars(classes, label_smoothing, *settings, row_loss, 0, 1.0, 1.0, empty)
     except TypeError:
         return None
-    call = Call(in_form, ignore_index, spec)
+    mean, loss_dtype = reduction == "mean", None if dtype is float32 else default_loss_dtype(dtype, "cpu")
     try:
-        dtype = default_loss_dtype(input.dtype, "cpu")
-        if input.dtype is torch.float16:  # its gradient is made in backward (autograd.py)
-            loss = late_loss(input, call, None, reduction == "mean", dtype)
+        if dtype is float16:  # its gradient is made in backward (autograd.py)
+            loss = late_loss(input, Call(KernelTarget(*in_form), ignore_index, Spec(*scalars)), None, mean, loss_dtype)
         else:
-            loss = fused_loss(input, call, None, reduction == "mean", False, options.inplace, dtype)[0]
+            loss = apply_fused(input, (in_form, ignore_index, scalars, None, mean, False, options.inplace, loss_dtype))
+            if options.inplace:
+                forbid_reuse(input)
     except RuntimeError as error:
         reraise(error)
         raise
-    if in_form.dense is not None and options.validate:
+    if in_form[0] is None and options.validate:
         find_nan(loss, target)
     return loss
 
 
-def _kernel_target(input: Tensor, target: Tensor, ignore_index: int) -> KernelTarget | None:
-    """The target as the operator takes it, if it need not be brought into that form first."""
-    rows, classes = input.shape
-    if classes == 0 or input.stride(1) != 1:
-        return None
-    if target.dtype is torch.int64:
-        return KernelTarget(target) if target.shape == (rows,) and target.stride(0) == 1 else None
-    plain = target.dtype is input.dtype and target.shape == input.shape and target.stride(1) == 1
-    return KernelTarget(dense=target) if plain and ignore_index < 0 and not target.requires_grad else None
+def _rows_of_classes(x: Tensor) -> bool:
+    """Whether the classes of ``(N, C)``, more than one, lie side by side."""
+    return x.is_contiguous() or x.stride(1) == 1

@@ -28,6 +28,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _is_tracing
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import _library
 
@@ -52,18 +56,34 @@ _BITS = {
     torch.float16: _Bits(ctypes.c_uint16, 0x3C00, 0x7C00, 0x80A8),
 }
 
+
+def _memory(integer: Any) -> memoryview:
+    """The process's memory in such integers, for reading: element i lies at the address i times their size.
+
+    Reading one so costs a third of what ``integer.from_address(..).value`` does, which makes an object for it.
+    """
+    size = ctypes.sizeof(integer)
+    return memoryview((integer * (sys.maxsize // size)).from_address(0)).cast("B").cast(integer._type_)
+
+
+# Of each dtype: the memory, the logarithm of an element's size, and 1.
+_FIRST_LOOK = {
+    dtype: (_memory(bits.integer), ctypes.sizeof(bits.integer).bit_length() - 1, bits.one)
+    for dtype, bits in _BITS.items()
+}
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _warned: set[tuple[object, ...]] = set()
 
 
 def jit_traced() -> bool:
     """Whether ``torch.jit.trace`` is recording the call."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+    return not is_compiling() and _is_tracing()
 
 
 def traced() -> bool:
     """Whether ``torch.compile`` or ``torch.jit.trace`` is recording the call."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
+    return is_compiling() or _is_tracing()
 
 
 def within_transform() -> bool:
@@ -71,7 +91,7 @@ def within_transform() -> bool:
 
     For traced code too: the tracer is then within the same transforms, and guards on those that it entered.
     """
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 within_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does
@@ -89,7 +109,10 @@ _INPUT_HINT = "remove the softmax from the model, or pass from_probs=True for pr
 
 def check_logits(input: Tensor, name: str = "input", hint: str = _INPUT_HINT) -> None:
     """Warn if ``input``, ``(C,)`` or ``(N, C, ..)``, holds probabilities: rows in [0, 1] that sum to 1."""
-    if not may_look(input) or input.dtype not in _BITS or not may_be_probabilities(input):
+    if not may_look(input) or input.dtype not in _BITS:
+        return
+    dim = 1 if input.dim() > 1 else 0
+    if not may_be_probabilities(input, input.shape[dim], input.stride(dim)):
         return
     x, tolerance = input.detach(), 1e-3 if input.element_size() > 2 else 2e-2
     for row in _sample(x):
@@ -103,21 +126,19 @@ def check_logits(input: Tensor, name: str = "input", hint: str = _INPUT_HINT) ->
     )
 
 
-def may_be_probabilities(x: Tensor) -> bool:
-    """False if one of three elements of the first row lies outside [0, 1]; ``x`` is one that may be looked at."""
-    dim = 1 if x.dim() > 1 else 0
-    classes, address = x.shape[dim], x.data_ptr()
-    if classes < 2 or not address:  # 0 where there is no element
+def may_be_probabilities(x: Tensor, classes: int, stride: int) -> bool:
+    """False if one of three elements of the first row of ``x``, ``(C,)`` or ``(N, C, ..)``, lies outside [0, 1].
+
+    ``x`` is one that may be looked at, ``classes`` its C and ``stride`` that of the classes.
+    """
+    memory, shift, one = _FIRST_LOOK[x.dtype]
+    at = x.data_ptr() >> shift
+    if classes < 2 or not at:  # 0 where there is no element
         return False
-    bits = _BITS[x.dtype]
-    integer, one = bits.integer, bits.one
     # One comparison at a time: the first one ends it for most logits, and small inputs feel every microsecond.
-    if integer.from_address(address).value > one:
-        return False
-    step = x.stride(dim) * x.element_size()
-    if integer.from_address(address + (classes - 1) * step).value > one:
-        return False
-    return bool(integer.from_address(address + classes // 2 * step).value <= one)
+    return (
+        memory[at] <= one and memory[at + (classes - 1) * stride] <= one and memory[at + classes // 2 * stride] <= one
+    )
 
 
 def _surely_probabilities(t: Tensor) -> bool:

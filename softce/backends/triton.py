@@ -164,11 +164,10 @@ def problem(
     else:
         form = configs.UNIFORM if uniform else configs.SPARSE
     acc = acc_dtype(logits.dtype)
+    block = k.Block(None, 0, 0) if dense is None else _block(dense)
     return Problem(
         _block(logits),
-        k.Target(
-            index, target.value, target.rest, *((None, 0, 0) if dense is None else _block(dense)), target.weight
-        ),
+        k.Target(index, target.value, target.rest, block.data, block.batch_stride, block.class_stride, target.weight),
         *_scalars(spec, scale, acc),
         k.Sizes(logits.shape[0], logits.shape[1], logits.shape[2] if planes else 1, entries, ignore_index),
         sum(flag.value for flag, on in flags.items() if on),
