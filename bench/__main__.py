@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import adapters, forms, linear, machine, report, targets
+from . import adapters, calm, forms, linear, machine, report, targets
 from .cases import select
 from .isolate import ROOT
 from .measure import Record
@@ -39,6 +39,13 @@ def parser() -> argparse.ArgumentParser:
         "--contestants", nargs="+", choices=names, default=[], metavar="NAME", help=f"of {', '.join(names)}"
     )
     parse.add_argument("--seconds", type=float, help="timed per case, all contestants together (4; quick: 0.2)")
+    parse.add_argument(
+        "--patience",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="a case waits for so long, in all, before samples taken while something shares the core (0)",
+    )
     parse.add_argument("--threads", type=int, nargs="+", default=[1], help="thread counts of the logits section (1)")
     parse.add_argument(
         "--no-page-faults",
@@ -97,6 +104,7 @@ def _key(record: Record) -> tuple[str, str]:
 def run(jobs: Sequence[Job], settings: Settings, folder: Path, kept: Sequence[Record]) -> dict[str, Any]:
     from tqdm import tqdm
 
+    calm.remember(settings.patience, kept)
     facts = machine.facts()
     if facts["load_average"] > 0.5:
         print(f"note: the machine is busy (load {facts['load_average']:.1f}); ratios will be noisy", file=sys.stderr)
@@ -127,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         quick=args.quick,
         contestants=tuple(args.contestants),
         page_faults="none" if args.no_page_faults else "default",
+        patience=args.patience,
     )
     folder = args.out or ROOT / ("bench-out" if args.quick else "bench/results") / machine.slug(machine.facts())
     sections = ["logits"] if args.no_page_faults else args.sections

@@ -19,12 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .calm import SPIN, Spin
 from .cases import Case, Inputs
 from .timer import Entry
 
 INPLACE_FROM = 1 << 20
-SPIN = "spin"
-SPIN_ELEMENTS, SPIN_CALLS = 2048, 64
 BARE = ("memcpy", SPIN)  # measures of the machine, not losses
 
 
@@ -114,14 +113,7 @@ def _memcpy(name: str, inputs: Inputs) -> Entry:
 
 
 def _spin(name: str, inputs: Inputs) -> Entry:
-    """A loop of arithmetic that stays in the first-level cache: it takes longer where something shares the core."""
-    source, buffer = torch.linspace(-1, 1, SPIN_ELEMENTS), torch.empty(SPIN_ELEMENTS)
-
-    def run() -> None:
-        for _ in range(SPIN_CALLS):
-            torch.exp(source, out=buffer)
-
-    return Entry(name, run)
+    return Entry(name, Spin())
 
 
 def _softce(name: str, inputs: Inputs) -> Entry:

@@ -26,6 +26,7 @@ class Settings:
     quick: bool = False
     contestants: tuple[str, ...] = ()  # empty: all
     page_faults: str = "default"
+    patience: float = 0.0  # seconds a case waits, in all, for a core that nothing shares
 
     def names(self, registry: dict[str, adapters.Adapter]) -> list[str]:
         return [name for name in registry if not self.contestants or name in self.contestants]

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .calm import Calm
+
 MIN_SAMPLE_S = 0.002  # a sample repeats its call until it lasts this long
 PRIME_BELOW_S = 0.02  # calls shorter than this get an untimed sample of their own before each one
 SLOW_S = 45.0  # a first call longer than this is the only sample: nothing else in it weighs next to the work
@@ -50,6 +52,7 @@ class Samples:
     faults: list[float] = field(default_factory=list)
     calls: int = 1
     first_call: float = 0.0
+    waited: float = 0.0  # seconds for a calm core, of all samples together
     note: str = ""
     error: str | None = None
 
@@ -69,6 +72,7 @@ class Samples:
             "calls_per_sample": self.calls,
             "page_faults": statistics.median(self.faults),
             "seconds": self.seconds,
+            **({"waited_s": self.waited} if self.waited else {}),
             **({"note": self.note} if self.note else {}),
         }
 
@@ -135,8 +139,9 @@ def interleave(
 
     An entry that raises is reported with its error and takes no further part. One that alone would overrun the time
     fourfold (a minute-long call) takes part in the first rounds only, at least one. ``on_round`` hears
-    ``(done, total)``.
+    ``(done, total)``. Where patience was asked for, each sample waits for a calm core (:mod:`bench.calm`).
     """
+    calm = Calm()
     results = {entry.name: Samples(note=entry.note) for entry in entries}
     if len(results) != len(entries):
         raise ValueError(f"entry names must differ, got {[e.name for e in entries]}")
@@ -163,6 +168,7 @@ def interleave(
             order.shuffle(turn)
             for entry in turn:
                 samples = results[entry.name]
+                samples.waited += calm.wait()
                 try:
                     if estimates[entry.name] < PRIME_BELOW_S:
                         _sample(entry, samples.calls)

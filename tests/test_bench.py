@@ -171,6 +171,35 @@ def test_a_contestant_with_a_wrong_gradient_has_no_time() -> None:
     assert set(results["wrong"]) == {"error"} and results["right"]["median_s"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("patience", "times", "looks"),
+    [(10.0, [2.0, 1.2, 1.05], 3), (10.0, [0.5, 0.5], 1), (0.01, [2.0] * 9, 1), (0.0, [], 0)],
+)
+def test_samples_wait_for_a_calm_core(
+    patience: float, times: list[float], looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as the loop of arithmetic takes more than 1.1 of its least time, and patience lasts."""
+    from bench import calm
+
+    left = iter(times)
+    looked = []
+    monkeypatch.setattr(calm.Spin, "least", lambda self: looked.append(0) or next(left))
+    monkeypatch.setenv(calm.PATIENCE, str(patience))
+    monkeypatch.setenv(calm.LEAST, "1.0")
+    waited = calm.Calm().wait()
+    assert len(looked) == looks
+    assert (waited > 0.0) == (looks > 1 or patience == 0.01)
+
+
+def test_waiting_goes_into_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import calm
+
+    monkeypatch.setenv(calm.PATIENCE, "0.05")
+    monkeypatch.setenv(calm.LEAST, "1e-9")  # never calm: all of the patience is spent
+    found = interleave([Entry("x", list)], seconds=0.01, min_rounds=2, max_rounds=2)["x"].as_json()
+    assert 0.05 <= found["waited_s"] < 5.0
+
+
 def test_every_contestant_of_the_logits_section_runs(cpu_kernels: None) -> None:
     case = Case((256, 5000), "float32", "soft+smoothed")
     names = [name for name in adapters.ADAPTERS if name != "compile"]
