@@ -281,6 +281,51 @@ def test_blocks_of_nothing(isa: str, others: float, kind: str) -> None:
     assert_gradient(g, want, "nothing", push)
 
 
+@pytest.mark.parametrize("kind", ["indices", "probs", "teacher"])
+def test_negative_logits_of_half_precision(isa: str, kind: str) -> None:
+    """Where all are negative the order of their bits is not their own: near 0 and far below, one after the other, with
+    masks and nan of either sign between them."""
+    classes = 40000
+    depths = (-0.25, -30.0, -60.0, -90.0, -5000.0)
+    pairs = [(a, b) for a in depths for b in depths]
+    noise = -torch.rand(len(pairs) + 2, classes)
+    x = noise.to(torch.bfloat16)
+    for row, (first, second) in enumerate(pairs):
+        x[row, :20000] = (noise[row, :20000] + first).to(torch.bfloat16)
+        x[row, 20000:] = (noise[row, 20000:] + second).to(torch.bfloat16)
+        x[row, row : row + 3000] = -INF
+    target = target_for("indices" if kind == "indices" else "teacher", x)
+    if target.index is not None:
+        target.index[:] = 39000
+    elif kind == "probs":
+        target = KernelTarget(dense=(x != -INF).to(torch.bfloat16) / 32768)
+    x.view(torch.int16)[-2:, 30000] = torch.tensor([0x7FC0, 0xFFC0 - 0x10000], dtype=torch.int16)
+    assert bool(x[-2:, 30000].isnan().all())
+    spec = Spec() if kind == "probs" else spec_for(kind, classes)
+    _, g, stats = fused_of(x, target, spec, mean=False)
+    assert bool(g[-2:].isnan().all()) and bool(stats[LSE, -2:].isnan().all())
+    part = KernelTarget(*(t if t is None else t[:-2] for t in target))
+    truth = Truth(x[:-2], part, spec)
+    _, want, push = truth.fused(None, False)
+    assert_gradient(g[:-2], want, "negative", push)
+    torch.testing.assert_close(stats[LSE, :-2].double(), truth.lse, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["probs", "teacher"])
+def test_large_weights_among_streamed_rows(isa: str, kind: str) -> None:
+    """Rows whose gradient is too large for the short way of rounding, before and after others."""
+    x = logits_for((130, 33000), torch.bfloat16)
+    assert x.nbytes > 8 << 20
+    target, spec = target_for(kind, x), spec_for(kind, 33000, mix_a=0.9, mix_b=0.1 / 33000)
+    row_weight = torch.ones(130)
+    row_weight[[3, 4, 70, 129]] = 2.0**80
+    _, g, _ = fused_of(x, target, spec, row_weight, mean=False)
+    for rows in (slice(2, 6), slice(69, 72), slice(127, 130)):
+        part = KernelTarget(*(t if t is None else t[rows] for t in target))
+        _, few, _ = fused_of(x[rows], part, spec, row_weight[rows], mean=False)
+        assert torch.equal(g[rows], few)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["short", "planes"])
 def test_rows_without_a_gradient_among_many(isa: str, layout: str, dtype: torch.dtype) -> None:

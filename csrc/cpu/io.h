@@ -78,7 +78,7 @@ struct FloatIO {  // float32 and float64 as they are
   static Elem from(A x) { return x; }
   static A to(Elem x) { return x; }
   static constexpr int kPairs = 1;  // even elements of a unit that stand before the odd ones
-  static constexpr bool kModerate = false;
+  static constexpr bool kModerate = false, kPackedMost = false;
 };
 using F32 = FloatIO<float>;
 using F64 = FloatIO<double>;
@@ -98,7 +98,7 @@ struct HalfIO {  // 16-bit elements in their order
   static Elem from(float x) { return narrow(splat(x))[0]; }
   static float to(Elem x) { return kWiden(HalfV{} | x)[0]; }
   static constexpr int kPairs = 1;
-  static constexpr bool kModerate = false;
+  static constexpr bool kModerate = false, kPackedMost = false;
 };
 using F16 = HalfIO<narrow_f16, widen_f16, 5>;
 using BF16 = HalfIO<narrow_bf16, widen_bf16, 4>;
@@ -116,6 +116,16 @@ struct BF16Pairs {
     v[0] = bits<F32V>(u << 16);
     v[1] = bits<F32V>(u & 0xffff0000u);
   }
+  // The largest elements so far as whole numbers of two bytes, before they are widened: half as many maxima. Theirs is
+  // the order of the elements wherever one is not negative; nans come above infinity then.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  static constexpr bool kPackedMost = true;
+  static SOFTCE_INLINE U32V larger(U32V most, const Elem* p) {
+    return (U32V)_mm256_max_epi16((__m256i)most, (__m256i)load<U32V>(p));
+  }
+#else
+  static constexpr bool kPackedMost = false;
+#endif
   template <bool kNan>
   static SOFTCE_INLINE U32V pack(const V* v) {
 #if defined(__AVX512BF16__)

@@ -34,6 +34,7 @@ struct Fast {
   // Accumulators: as few as the latency of an addition allows, because sixteen registers are soon full.
   struct Lanes {
     V e[2], y, t, ty, top, ttop;
+    U32V most;  // kPackedMost: in place of top
   };
 
   // What they have added up, from time to time: added one by one, many would lose digits.
@@ -69,7 +70,7 @@ struct Fast {
       SOFTCE_UNROLL for (int i = 0; i < kCount; ++i) {
         const V y = kPlain ? x[i] : exp.affine(x[i]);
         e[i] = y;
-        s.top = vmax(y, s.top);
+        if constexpr (!X::kPackedMost) s.top = vmax(y, s.top);
         if constexpr (kBase || kDense) s.y += y;
         if constexpr (kDense) {
           const V given = kTeacher ? t[i] : d[i], sum = fma(given, y, s.ty);
@@ -124,7 +125,12 @@ struct Fast {
     SOFTCE_INLINE void rest(int64_t) const {}
   };
 
-  // The second sweep over a piece, from any place on to the end of a turn or to its own end.
+  // Where there is so much to do an element, even the questions how to write it are felt: 5% to 8%.
+  static constexpr bool kUsualApart = kDense && X::kModerate && kVecBytes == 32;
+
+  // The second sweep over a piece, from any place on to the end of a turn or to its own end. kUsual: the gradient is
+  // moderate and goes past the caches.
+  template <bool kUsual>
   struct Finish {
     // By value, and a loop works on a copy of its own: behind a reference they could be what a store has just written,
     // and were loaded again for every vector.
@@ -148,6 +154,10 @@ struct Fast {
     SOFTCE_INLINE void unit(int64_t i) const {
       V g[NV];
       step.unit(e + i, teacher + i, d + i, kUnit, g);
+      if constexpr (kUsual) {
+        X::template write_stream<true>(out + i, g);
+        return;
+      }
       if constexpr (X::kModerate) {
         if (moderate) return stream ? X::template write_stream<true>(out + i, g) : X::template write<true>(out + i, g);
       }
@@ -200,7 +210,7 @@ struct Fast {
   };
 
   static void second(const Context<A>& ctx, const Piece<A>& piece, const Refs&, const Factors& f, int64_t) {
-    Finish(ctx, piece, f).rest(0);
+    Finish<false>(ctx, piece, f).rest(0);
   }
 
   static Sums first(const Context<A>& ctx, const Piece<A>& piece, Refs& refs) {
@@ -208,10 +218,15 @@ struct Fast {
   }
 
   static Sums both(const Context<A>& ctx, const Piece<A>& piece, Refs& refs, const Piece<A>& before, const Factors& f) {
-    const Finish finish(ctx, before, f);
-    if (!refs.masked) return first(ctx, piece, refs, finish);
-    finish.rest(0);
-    return first(ctx, piece, refs, Nothing{});
+    const Finish<false> finish(ctx, before, f);
+    if (refs.masked) {
+      finish.rest(0);
+      return first(ctx, piece, refs, Nothing{});
+    }
+    if constexpr (kUsualApart) {
+      if (finish.stream && finish.moderate) return first(ctx, piece, refs, Finish<true>(ctx, before, f));
+    }
+    return first(ctx, piece, refs, finish);
   }
 
   template <class Before>
@@ -251,7 +266,7 @@ struct Fast {
     A* teacher = piece.teacher;
     const int64_t n = piece.n;
     constexpr A kLow = A(-__builtin_inf());
-    Lanes s{{V{}, V{}}, V{}, V{}, V{}, splat(kLow), splat(kLow)};
+    Lanes s{{V{}, V{}}, V{}, V{}, V{}, splat(kLow), splat(kLow), U32V{} + 0x80008000u};
     Totals totals;
     int64_t i = 0;
     const Before own = before;
@@ -272,6 +287,7 @@ struct Fast {
           SOFTCE_UNROLL for (int k = 0; k < kUnits; ++k) {
             const int64_t at = i + (u + k) * kUnit;
             X::read(x + at, in + k * NV);
+            if constexpr (X::kPackedMost) s.most = X::larger(s.most, x + at);
             if constexpr (kDense) D::read(d + at, target + k * NV);
           }
           step.template step<kUnits * NV, kMasked>(in, target, e + to + u * kUnit, teacher + to + u * kUnit, s, u);
@@ -288,6 +304,7 @@ struct Fast {
       V in[NV], target[NV];
       ahead(i);
       X::read(x + i, in);
+      if constexpr (X::kPackedMost) s.most = X::larger(s.most, x + i);
       if constexpr (kDense) D::read(d + i, target);
       step.template step<NV, kMasked>(in, target, e + i, teacher + i, s, 0);
     }
@@ -313,9 +330,31 @@ struct Fast {
       out.t = out.plain_t = sum_of<double>(totals.t);
       out.ty = sum_of<double>(totals.ty);
     }
-    out.top = max_of<A>(s.top) + refs.x.shift;
+    if constexpr (X::kPackedMost) {
+      out.top = packed_top(s.most, x, i, n, step.exp, refs.x, out.e);
+    } else {
+      out.top = max_of<A>(s.top) + refs.x.shift;
+    }
     if constexpr (kTeacher) out.ttop = max_of<A>(s.ttop) + refs.teacher.shift;
     return out;
+  }
+
+  // The top of a piece of which `most` has seen the first `seen` elements; e: its sum. Where all are negative it may be
+  // the reference itself, if that is as good: not so low that their exp would overflow, and their sum not too small.
+  static double packed_top(U32V most, const Elem* x, int64_t seen, int64_t n, const Exp<A, kDegree>& exp,
+                           const Ref& ref, double e) {
+    constexpr int16_t kInfinity = 0x7f80;
+    int16_t each[kUnit], top = INT16_MIN;
+    store(each, most);
+    for (const int16_t element : each) top = element > top ? element : top;
+    for (int64_t i = seen; i < n; ++i) top = int16_t(x[i]) > top ? int16_t(x[i]) : top;
+    A in = X::to(Elem(top));
+    if (top < 0 && ref.log_value() >= -kAbove && e >= kLeast) return ref.log_value();
+    if (top < 0 || top > kInfinity) {
+      in = A(-__builtin_inf());
+      for (int64_t i = 0; i < n; ++i) in = X::to(x[i]) > in ? X::to(x[i]) : in;
+    }
+    return exp.affine(splat(in))[0] + ref.shift;
   }
 
   static constexpr Sweeps<A> sweeps() { return {first, second, both, X::kPairs}; }
