@@ -67,6 +67,7 @@ class Calm:
 def remember(patience: float, records: Iterable[Mapping[str, Any]]) -> None:
     """Tells :class:`Calm`, here and in processes to come, how long to wait and what the loop takes at least."""
     if not patience:
+        os.environ.pop(PATIENCE, None)
         return
     spin, known = Spin(), []
     end = time.perf_counter() + _LOOK_S

@@ -5,13 +5,14 @@ float32 and half precision, class indices and probabilities, row losses that the
 for float16.
 
 At a few rows of a few classes the arithmetic is nothing, and every Python object and every question on the way is felt.
-This way makes none of those objects that the general one needs and asks nothing twice. It only decides whether it can
-take a call; what it cannot take, errors included, is the general way's.
+This way makes none of those objects that the general one needs, and asks little more than once. It only decides whether
+it can take a call; what it cannot take, errors included, is the general way's.
 """
 
 from __future__ import annotations
 
-from torch import Tensor, bfloat16, float16, float32, int64, is_grad_enabled
+import torch
+from torch import Tensor, bfloat16, float16, float32, int64, is_grad_enabled, strided
 
 from .autograd import Call, apply_fused, forbid_reuse, late_loss, reraise
 from .dispatch import cpu_kernels, is_plain
@@ -57,24 +58,13 @@ def quick_loss(
         options = DEFAULT
     elif type(options) is not Options or options.backend != "auto":
         return None
-    shape, dtype = input.shape, input.dtype
-    if len(shape) != 2 or dtype not in _DTYPES or (dtype is float16 and options.inplace):
+    dtype = input.dtype
+    if dtype not in _DTYPES or (dtype is float16 and options.inplace) or not cpu_kernels():
         return None
-    # The target as the operator takes it, if it need not be brought into that form first.
-    rows, classes = shape
-    if classes < 2 or not _rows_of_classes(input):
+    in_form = _in_form(input, dtype, target, ignore_index)
+    if in_form is None:
         return None
-    if target.dtype is int64:
-        if target.dim() != 1 or target.numel() != rows or not target.is_contiguous():
-            return None
-        in_form: tuple[Tensor | None, ...] = (target, None, None, None, None)
-    else:
-        plain = target.dtype is dtype and target.shape == shape and _rows_of_classes(target)
-        if not plain or ignore_index >= 0 or target.requires_grad:
-            return None
-        in_form = (None, None, None, target, None)
-    if not cpu_kernels():
-        return None
+    classes = input.size(1)
     if options.validate:
         if may_be_probabilities(input, classes, 1):
             check_logits(input)
@@ -100,6 +90,17 @@ def quick_loss(
     return loss
 
 
-def _rows_of_classes(x: Tensor) -> bool:
-    """Whether the classes of ``(N, C)``, more than one, lie side by side."""
-    return x.is_contiguous() or x.stride(1) == 1
+def _in_form(input: Tensor, dtype: torch.dtype, target: Tensor, ignore_index: int) -> tuple[Tensor | None, ...] | None:
+    """The fields of the target as the operator takes it, if logits and target need not be brought into form first."""
+    if input.layout is not strided or target.layout is not strided:
+        return None
+    try:
+        shape = input.shape
+        if len(shape) != 2 or shape[1] == 0 or input.stride(1) != 1:
+            return None
+        if target.dtype is int64:
+            return (target, None, None, None, None) if target.shape == shape[:1] and target.is_contiguous() else None
+        plain = target.dtype is dtype and target.shape == shape and target.stride(1) == 1
+    except RuntimeError:  # nested tensors have no shape
+        return None
+    return (None, None, None, target, None) if plain and ignore_index < 0 and not target.requires_grad else None

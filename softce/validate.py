@@ -66,11 +66,13 @@ def _memory(integer: Any) -> memoryview:
     return memoryview((integer * (sys.maxsize // size)).from_address(0)).cast("B").cast(integer._type_)
 
 
-# Of each dtype: the memory, the logarithm of an element's size, and 1.
-_FIRST_LOOK = {
-    dtype: (_memory(bits.integer), ctypes.sizeof(bits.integer).bit_length() - 1, bits.one)
-    for dtype, bits in _BITS.items()
-}
+def _first_look(bits: _Bits) -> tuple[memoryview, int, int, int]:
+    """The memory, the logarithm of an element's size, the bits of an address within an element, and 1."""
+    size = ctypes.sizeof(bits.integer)
+    return _memory(bits.integer), size.bit_length() - 1, size - 1, bits.one
+
+
+_FIRST_LOOK = {dtype: _first_look(bits) for dtype, bits in _BITS.items()}
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _warned: set[tuple[object, ...]] = set()
@@ -131,10 +133,13 @@ def may_be_probabilities(x: Tensor, classes: int, stride: int) -> bool:
 
     ``x`` is one that may be looked at, ``classes`` its C and ``stride`` that of the classes.
     """
-    memory, shift, one = _FIRST_LOOK[x.dtype]
-    at = x.data_ptr() >> shift
-    if classes < 2 or not at:  # 0 where there is no element
+    memory, shift, within, one = _FIRST_LOOK[x.dtype]
+    address = x.data_ptr()
+    if classes < 2 or not address:  # 0 where there is no element
         return False
+    if address & within or address > sys.maxsize // 2:  # between two places of `memory`, or beyond its end
+        return True
+    at = address >> shift
     # One comparison at a time: the first one ends it for most logits, and small inputs feel every microsecond.
     return (
         memory[at] <= one and memory[at + (classes - 1) * stride] <= one and memory[at + classes // 2 * stride] <= one

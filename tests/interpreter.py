@@ -37,4 +37,5 @@ def skip_where_broken(folder: Path) -> None:
     probe.write_text(PROBE)
     broken = subprocess.run([sys.executable, probe], env=environment(), capture_output=True, text=True)
     if broken.returncode:
-        pytest.skip(f"this Triton's interpreter does not work here: {broken.stderr.strip().splitlines()[-1]}")
+        last = (broken.stderr.strip().splitlines() or ["no message"])[-1]
+        pytest.skip(f"this Triton's interpreter does not work here: {last}")

@@ -137,6 +137,17 @@ def test_softmax_output_as_logits_warns_once(shape: tuple[int, ...], dtype: torc
     assert not _told(lambda: softce.cross_entropy(3 * torch.randn(shape).to(dtype), target))
 
 
+def test_softmax_output_at_an_odd_address_warns() -> None:
+    """The first look reads whole elements at their own addresses: where they have none, the others are asked."""
+    raw = bytearray(4 * 12 + 1)
+    x = torch.frombuffer(raw, dtype=torch.float32, offset=1).view(3, 4)
+    x.copy_(torch.softmax(torch.randn(3, 4), 1))
+    assert x.data_ptr() % 4
+    assert len(_told(lambda: validate.check_logits(x))) == 1
+    x.sub_(1.0)
+    assert not _told(lambda: validate.check_logits(x))
+
+
 def test_no_softmax_warning_for_what_is_none() -> None:
     y = torch.tensor([0, 1])
     for x in (

@@ -137,6 +137,21 @@ def test_nested_tensors_are_refused() -> None:
         softce.cross_entropy(nested, Y)
     with pytest.raises(NotImplementedError, match="Teacher: logits must be a dense tensor"):
         softce.Teacher(nested)
+    strided = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)]).requires_grad_()
+    with pytest.raises(NotImplementedError, match="input must be a dense tensor, got a nested one"):
+        softce.cross_entropy(strided, Y)
+    rows = torch.nested.nested_tensor([torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)])
+    with pytest.raises(NotImplementedError, match="target must be a dense tensor, got a nested one"):
+        softce.cross_entropy(X.float().requires_grad_(), rows)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_opaque_layouts_are_refused() -> None:
+    x, t = torch.randn(3, 4, requires_grad=True), torch.rand(3, 4)
+    with pytest.raises(NotImplementedError, match="input must be a dense tensor, got layout"):
+        softce.cross_entropy(x.to_mkldnn(), t)
+    with pytest.raises(NotImplementedError, match="target must be a dense tensor, got layout"):
+        softce.cross_entropy(x, t.to_mkldnn())
 
 
 def test_no_gradient_of_an_index_out_of_range(options: softce.Options) -> None:

@@ -116,12 +116,16 @@ struct BF16Pairs {
     v[0] = bits<F32V>(u << 16);
     v[1] = bits<F32V>(u & 0xffff0000u);
   }
-  // The largest elements so far as whole numbers of two bytes, before they are widened: half as many maxima. Theirs is
-  // the order of the elements wherever one is not negative; nans come above infinity then.
+  // The largest, and the smallest, elements so far as whole numbers of two bytes, before they are widened: half as many
+  // maxima. Theirs is the order of the elements wherever one is not negative, but that positive nans come above
+  // infinity.
 #if defined(__AVX2__) && !defined(__AVX512F__)
   static constexpr bool kPackedMost = true;
   static SOFTCE_INLINE U32V larger(U32V most, const Elem* p) {
     return (U32V)_mm256_max_epi16((__m256i)most, (__m256i)load<U32V>(p));
+  }
+  static SOFTCE_INLINE U32V smaller(U32V least, const Elem* p) {
+    return (U32V)_mm256_min_epi16((__m256i)least, (__m256i)load<U32V>(p));
   }
 #else
   static constexpr bool kPackedMost = false;

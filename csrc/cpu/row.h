@@ -73,7 +73,6 @@ inline void absorb(Sums& a, Refs& ra, Sums b, const Refs& rb) {
 
 // A maximum may exceed the reference by this much, and fall short of it by that much, before it is replaced.
 constexpr double kAbove = 40, kBelow = 20;
-constexpr double kLeast = 2.0611536224385579e-9;  // exp(-kBelow)
 
 template <class A>
 inline bool replace_ref(Ref& ref, bool& known, double top) {

@@ -340,21 +340,26 @@ struct Fast {
   }
 
   // The top of a piece of which `most` has seen the first `seen` elements; e: its sum. Where all are negative it may be
-  // the reference itself, if that is as good: not so low that their exp would overflow, and their sum not too small.
+  // the reference itself, if that is near enough: no exp has overflowed and the sum is at least exp(-kBelow).
   static double packed_top(U32V most, const Elem* x, int64_t seen, int64_t n, const Exp<A, kDegree>& exp,
                            const Ref& ref, double e) {
     constexpr int16_t kInfinity = 0x7f80;
+    constexpr double kLeast = 2.0611536224385579e-9;  // exp(-kBelow)
     int16_t each[kUnit], top = INT16_MIN;
     store(each, most);
     for (const int16_t element : each) top = element > top ? element : top;
     for (int64_t i = seen; i < n; ++i) top = int16_t(x[i]) > top ? int16_t(x[i]) : top;
-    A in = X::to(Elem(top));
-    if (top < 0 && ref.log_value() >= -kAbove && e >= kLeast) return ref.log_value();
-    if (top < 0 || top > kInfinity) {
-      in = A(-__builtin_inf());
-      for (int64_t i = 0; i < n; ++i) in = X::to(x[i]) > in ? X::to(x[i]) : in;
+    const bool suits = ref.log_value() >= -kAbove && e >= kLeast;
+    if (top > kInfinity || (top < 0 && suits)) return ref.log_value();  // of a nan all is nan
+    if (top < 0) {  // negative ones come in the other order: the largest is the least number, and a nan is none
+      U32V least = U32V{} + 0x7fff7fffu;
+      int64_t i = 0;
+      for (; i + kUnit <= n; i += kUnit) least = X::smaller(least, x + i);
+      store(each, least);
+      for (const int16_t element : each) top = element < top ? element : top;
+      for (; i < n; ++i) top = int16_t(x[i]) < top ? int16_t(x[i]) : top;
     }
-    return exp.affine(splat(in))[0] + ref.shift;
+    return exp.affine(splat(X::to(Elem(top))))[0] + ref.shift;
   }
 
   static constexpr Sweeps<A> sweeps() { return {first, second, both, X::kPairs}; }
