@@ -11,7 +11,6 @@ it can take a call; what it cannot take, errors included, is the general way's.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, bfloat16, float16, float32, int64, is_grad_enabled, strided
 
 from .autograd import Call, apply_fused, forbid_reuse, late_loss, reraise
@@ -61,10 +60,24 @@ def quick_loss(
     dtype = input.dtype
     if dtype not in _DTYPES or (dtype is float16 and options.inplace) or not cpu_kernels():
         return None
-    in_form = _in_form(input, dtype, target, ignore_index)
-    if in_form is None:
+    if input.layout is not strided or target.layout is not strided:
         return None
-    classes = input.size(1)
+    try:
+        rows, classes = input.shape
+        if classes == 0 or not _rows_of_classes(input):
+            return None
+        # The target as the operator takes it, if it need not be brought into that form first.
+        if target.dtype is int64:
+            if target.dim() != 1 or target.numel() != rows or not target.is_contiguous():
+                return None
+            in_form: tuple[Tensor | None, ...] = (target, None, None, None, None)
+        else:
+            plain = target.dtype is dtype and target.shape == input.shape and _rows_of_classes(target)
+            if not plain or ignore_index >= 0 or target.requires_grad:
+                return None
+            in_form = (None, None, None, target, None)
+    except (ValueError, RuntimeError):  # another number of dimensions; nested tensors have no shape
+        return None
     if options.validate:
         if may_be_probabilities(input, classes, 1):
             check_logits(input)
@@ -90,17 +103,6 @@ def quick_loss(
     return loss
 
 
-def _in_form(input: Tensor, dtype: torch.dtype, target: Tensor, ignore_index: int) -> tuple[Tensor | None, ...] | None:
-    """The fields of the target as the operator takes it, if logits and target need not be brought into form first."""
-    if input.layout is not strided or target.layout is not strided:
-        return None
-    try:
-        shape = input.shape
-        if len(shape) != 2 or shape[1] == 0 or input.stride(1) != 1:
-            return None
-        if target.dtype is int64:
-            return (target, None, None, None, None) if target.shape == shape[:1] and target.is_contiguous() else None
-        plain = target.dtype is dtype and target.shape == shape and target.stride(1) == 1
-    except RuntimeError:  # nested tensors have no shape
-        return None
-    return (None, None, None, target, None) if plain and ignore_index < 0 and not target.requires_grad else None
+def _rows_of_classes(x: Tensor) -> bool:
+    """Whether the classes of ``(N, C)`` lie side by side; the operator does not ask where one alone lies."""
+    return x.is_contiguous() or x.stride(1) == 1
